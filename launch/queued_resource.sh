@@ -18,8 +18,12 @@ NAME="${NAME:?set NAME: what the slice and the run are called}"
 ZONE="${ZONE:?set ZONE, such as us-west4-a}"
 ACCELERATOR="${ACCELERATOR:?set ACCELERATOR, such as v5litepod-64 or v5p-512}"
 # A file system that all hosts share holds configs' weights and data, and every checkpoint: a Filestore or Lustre
-# export. A bucket mounted as a folder is none: it cannot rename one, which is how a checkpoint becomes whole.
-NFS="${NFS:?set NFS, such as 10.0.0.2:/runs}"
+# export. With BUCKET=gs://BUCKET/runs the checkpoints go there, and NFS is needed only for paths below weights/ and
+# data/ in the config (which may be gs:// names too). A bucket mounted as a folder cannot hold runs.
+BUCKET="${BUCKET:-}"
+[ -n "$BUCKET" ] || NFS="${NFS:?set NFS, such as 10.0.0.2:/runs, or BUCKET, such as gs://mine/runs}"
+NFS="${NFS:-}"
+RUNS="${BUCKET:-/mnt/runs}"
 RUNTIME="${RUNTIME:-v2-alpha-tpuv5-lite}" # v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for v6e, tpu-ubuntu2204-base for v4
 SPOT="${SPOT:-yes}"
 SLICES="${SLICES:-1}"
@@ -81,7 +85,9 @@ install() { # every host may be new; what stands already is left alone
     tar czf "$pack" --exclude-vcs --exclude='.venv*' --exclude=./runs --exclude=./weights --exclude=./data \
         --exclude=__pycache__ .
     for node in "${NODES[@]}"; do tpus tpu-vm scp "$pack" "$node:lionjax.tar.gz" --worker=all; done
-    on all "set -e; sudo mkdir -p /mnt/runs; mountpoint -q /mnt/runs || sudo mount -t nfs $NFS /mnt/runs
+    local mount=""
+    [ -z "$NFS" ] || mount="mountpoint -q /mnt/runs || sudo mount -t nfs $NFS /mnt/runs"
+    on all "set -e; sudo mkdir -p /mnt/runs; $mount
         mkdir -p lionjax; tar xzf lionjax.tar.gz -C lionjax; cd lionjax; ln -sfn /mnt/runs/weights weights
         ln -sfn /mnt/runs/data data
         python3.11 -m venv --help >/dev/null 2>&1 || { sudo apt-get -q update; sudo apt-get -qy install python3.11-venv; }
@@ -92,7 +98,7 @@ install() { # every host may be new; what stands already is left alone
 # What has a space in it must come through two shells as one word.
 FIELDS="$(printf ' %q' "$@")"
 [ $# -gt 0 ] || FIELDS=""
-RUN="cd lionjax && FLAGS='$FLAGS' launch/run.sh $CONFIG /mnt/runs/$NAME$FIELDS"
+RUN="cd lionjax && FLAGS='$FLAGS' launch/run.sh $CONFIG $RUNS/$NAME$FIELDS"
 
 failures=0 # in a row, on chips that are still there; run.sh counts those without a new checkpoint, here are all others
 failed() { # failed CODE: ends the script for the last of the few failures that may be tried again
@@ -113,7 +119,7 @@ for ((try = 1; try <= TRIES; try++)); do
     [ $((SECONDS - began)) -lt 3600 ] || failures=0
     case "$(what_next "$code")" in
         done)
-            say "all stages are done: $NFS holds $NAME"
+            say "all stages are done: ${BUCKET:-$NFS} holds $NAME"
             tpus queued-resources delete "$NAME" --force
             exit 0
             ;;

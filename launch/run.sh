@@ -3,7 +3,7 @@
 # What every host of a pod runs, whoever starts it: train, and say by the exit code whether to start it again.
 #   launch/run.sh CONFIG WORKDIR [field of the config ...]
 # 0: all stages are done. 2: a person has to mend something, or it failed $FEW times without a new checkpoint, or
-# another host ended with 2; no launcher tries that again. 75: stopped and saved, or a host did not come; start the same
+# another host ended with 2; no launcher tries that again. WORKDIR: a folder that all hosts see, or gs://BUCKET/RUN. 75: stopped and saved, or a host did not come; start the same
 # again. Anything else: it failed, and the same command goes on from the newest checkpoint that can be trusted.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -23,7 +23,7 @@ wait "$program"; code=$?
 while kill -0 "$program" 2>/dev/null; do wait "$program"; code=$?; done
 
 if [ "$code" -eq 0 ]; then
-    compgen -G "$workdir/base/*_final" >/dev/null && exit 0
+    is_done "$workdir" && exit 0
     exit 75
 fi
 if [ "$code" -ne 2 ] && [ "$(mistakes "$workdir")" != "$noted" ]; then

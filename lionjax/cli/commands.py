@@ -39,12 +39,12 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
     from lionjax.data import pipeline
     from lionjax.evaluation import progress
     from lionjax.evaluation.report.html import write_router_ratios
-    from lionjax.training import distributed, loop, run_folder, run_log
+    from lionjax.training import bucket_folder, distributed, loop, run_folder, run_log
 
-    with distributed.distributed_session(describe_error):
-        evaluator = progress.make_evaluator(experiment, args.workdir)
-        params, _ = loop.train(experiment, args.workdir, pipeline.batches, start_time, evaluator)
-        write_router_ratios(args.workdir, params)
+    with distributed.distributed_session(describe_error), bucket_folder.opened(args.workdir) as workdir:
+        evaluator = progress.make_evaluator(experiment, workdir)
+        params, _ = loop.train(experiment, workdir, pipeline.batches, start_time, evaluator)
+        write_router_ratios(workdir, params)
         if experiment.run.evaluate_limit:
             from lionjax.evaluation import runner
             from lionjax.inference import loading
@@ -52,13 +52,13 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
             evaluation_start = time.time()
             engine = loading.for_answering(experiment, params).engine
             updates = run_folder.updates_before(experiment, len(experiment.stages))
-            entries = runner.evaluate_run(engine, experiment, args.workdir, updates)
-            run_log.add_evaluation_seconds(args.workdir, time.time() - evaluation_start)
+            entries = runner.evaluate_run(engine, experiment, workdir, updates)
+            run_log.add_evaluation_seconds(workdir, time.time() - evaluation_start)
         if distributed.is_main_process():
             if experiment.run.evaluate_limit:
                 _print_metrics(entries, to_stderr=True)
-            message = f"{args.workdir} holds the trained model; `lionjax report {args.workdir}` writes an HTML report"
-            print(message, file=sys.stderr)
+            name = bucket_folder.display_name(workdir)
+            print(f"{name} holds the trained model; `lionjax report {name}` writes an HTML report", file=sys.stderr)
 
 
 def evaluate(args: argparse.Namespace, fields: list[str]) -> None:

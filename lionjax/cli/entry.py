@@ -12,6 +12,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -266,19 +267,39 @@ def run(argv: list[str]) -> None:
 def run_verb(args: argparse.Namespace, extra_args: list[str]) -> None:
     """Run a verb; names of the hub and of buckets among its arguments become local folders, but not in texts.
 
-    Raises UsageError where such a name is to be written to.
+    What `evaluate` and `report` write beside a run is copied to its bucket. Raises UsageError where such a name is to
+    be written to by another verb than `train`.
     """
+    copied = {}
     for name, value in vars(args).items():
         if str(value).startswith(("hf:/", "gs:/")) and name not in ("repository", "prompt", "message"):
-            from lionjax.core import hub
+            from lionjax.core import bucket, hub
 
+            if (args.verb, name) == ("train", "workdir") and bucket.is_bucket_name(value):
+                continue
             if name in ("workdir", "out", "dst", "submission"):
                 raise UsageError(
                     f"{name} is {str(value)!r}, but files are written to a file system: give a local folder and copy "
                     f"it with `lionjax push DIR {value}`, or mount the bucket (gcsfuse)".replace(":/", "://")
                 )
             setattr(args, name, type(value)(hub.local_path(value)))
+            if (args.verb, name) in (("evaluate", "dir"), ("report", "dir")) and bucket.is_bucket_name(value):
+                copied[getattr(args, name)] = value
+    start_time = time.time()
     args.run(args, extra_args)
+    for folder, value in copied.items():
+        copy_back(folder, value, start_time)
+
+
+def copy_back(folder: Path, value: Path, start_time: float) -> None:
+    """Copy to the bucket what a verb has written since `start_time` into the copy `folder` of a run there."""
+    from lionjax.core import bucket
+    from lionjax.core.errors import UserError
+
+    try:
+        bucket.upload(folder, value, newer_than=start_time)
+    except UserError as error:
+        logging.getLogger("lionjax").warning("what was written stays in %s: %s", folder, error)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from lionjax.core.errors import RetryError, UserError
 from lionjax.core.files import read_record, write_atomic
@@ -24,10 +25,15 @@ from lionjax.core.files import read_record, write_atomic
 NAME = re.compile(r"gs:/{1,2}(?P<bucket>[a-z0-9][\w.-]*)(?:/(?P<path>.+))?")
 CACHE = "LIONJAX_BUCKET_CACHE"  # environment variable: the folder of the copies
 STEP = re.compile(r"checkpoints/(\d+)/")
+COMMITTED = re.compile(r"((?:checkpoints|base|frozen)/[^/]+)/commit_success\.txt")  # Orbax writes it last in a bucket
+ARRAYS = ("checkpoints/*", "base/*", "frozen/*")  # Orbax's directories of a run folder
 NOT_READ = ("compiled/*", "tensorboard/*", "quarantined/*", "lock")  # of a run folder
-NOT_WRITTEN = ("lock", "compiled/*", "*.part", "*.orbax-checkpoint-tmp*", ".cache/*")
+NOT_WRITTEN = ("lock", "compiled/*", "*.part", "*.partial/*", "*.orbax-checkpoint-tmp*", ".cache/*")
 LAST_WRITTEN = "config.json"  # without it, a folder is no run
 RETRIES = {"max_retries": 4, "initial_delay": "500ms", "max_delay": "4s"}
+MENDED_BY_A_PERSON = re.compile(r"quota|billing|accountDisabled|retention", re.I)  # in an answer, beside its code
+TRANSIENT_CODES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "UNKNOWN", "INTERNAL", "RESOURCE_EXHAUSTED")
+CODE = re.compile(r"([A-Z][A-Z_]{3,}): ")  # of Abseil's status, at the beginning of TensorStore's errors
 WORKERS = 4  # objects in memory at once
 log = logging.getLogger(__name__)
 
@@ -52,14 +58,14 @@ def download(value: str | Path) -> Path:
     read, and RetryError where it does not answer.
     """
     bucket, path = parse_name(value)
-    root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "lionjax" / "buckets") / bucket
+    root = copies_root() / bucket
     root.mkdir(parents=True, exist_ok=True)
     record = root / f".{path.replace('/', '_')}.generations.json"
     with (root / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of other processes that copy from this bucket
-        with _errors(value):
-            store = _open(bucket)
-            keys = wanted_keys(_keys_under(store, path), path)
+        with explained(value):
+            store = open_store(bucket)
+            keys = wanted_keys(keys_under(store, path), path)
             if not keys:
                 store.read(path or "_").result()  # TensorStore lists a bucket without rights as an empty one
                 raise UserError(f"there is nothing under {full_name(value)}; check the name")
@@ -67,38 +73,68 @@ def download(value: str | Path) -> Path:
             for key in before.keys() - set(keys):
                 (root / key).unlink(missing_ok=True)
             with ThreadPoolExecutor(WORKERS) as pool:
-                generations = list(pool.map(lambda key: _fetch(store, key, root, before.get(key)), keys))
+                generations = list(pool.map(lambda key: fetch(store, key, root / key, before.get(key)), keys))
             write_atomic(record, json.dumps(dict(zip(keys, generations))))
     log.info("%s is read from its copy in %s", full_name(value), root / path)
     return root / path
 
 
-def upload(folder: Path, value: str | Path) -> str:
-    """Copy the files of a folder to a bucket; returns the name of the folder there. Raises errors as `download`."""
+def copies_root() -> Path:
+    """The folder of the copies."""
+    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "lionjax" / "buckets")
+
+
+def upload(folder: Path, value: str | Path, newer_than: float = 0.0) -> str:
+    """Copy the files of a folder to a bucket; returns the name of the folder there. Raises errors as `download`.
+
+    `newer_than` (seconds since 1970) leaves out files that have not been written since. A directory of arrays whose
+    files do not say that it is complete gets such a file, as it is complete where directories can be renamed.
+    """
     bucket, path = parse_name(value)
-    names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
-    names = [name for name in names if not _matches(name, NOT_WRITTEN)]
-    names.sort(key=lambda name: name == LAST_WRITTEN)
-    with _errors(value):
-        store = _open(bucket)
-        for name in names:
-            store.write(str(PurePosixPath(path, name)), (folder / name).read_bytes()).result()
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    names = [
+        name for name, file in files.items() if not matches(name, NOT_WRITTEN) and file.stat().st_mtime >= newer_than
+    ]
+    markers = _missing_markers(names) if LAST_WRITTEN in names else []
+    with explained(value):
+        store = open_store(bucket)
+        for name in sorted([*names, *markers], key=lambda name: (name == LAST_WRITTEN, name in markers)):
+            content = files[name].read_bytes() if name in files else b"copied from a file system"
+            store.write(str(PurePosixPath(path, name)), content).result()
     return f"gs://{bucket}/{path}"
 
 
+def _missing_markers(names: Sequence[str]) -> list[str]:
+    """The commit_success.txt that directories of arrays, and items in them, lack."""
+    parents = {parent for name in names if matches(name, ARRAYS) for parent in PurePosixPath(name).parents}
+    folders = [parent for parent in parents if len(parent.parts) in (2, 3)]
+    return sorted({f"{folder}/commit_success.txt" for folder in folders} - set(names))
+
+
 def wanted_keys(keys: Sequence[str], path: str) -> list[str]:
-    """The objects under `path` that a copy needs: without a run's older checkpoints, compiled programs and curves."""
+    """The objects under `path` that a copy needs: without a run's older checkpoints, compiled programs and curves.
+
+    Directories of arrays that a run has not finished are left out too, where the finished ones are marked.
+    """
     inside = {key: key.removeprefix(path).lstrip("/") for key in keys if not key.endswith("/")}
+    done = {match[1] for name in inside.values() if (match := COMMITTED.fullmatch(name))}
+    inside = {
+        key: name
+        for key, name in inside.items()
+        if not matches(name, NOT_READ)
+        and not (done and matches(name, ARRAYS) and "/".join(name.split("/")[:2]) not in done)
+    }
     steps = [int(match[1]) for name in inside.values() if (match := STEP.match(name))]
     return [
-        key
-        for key, name in sorted(inside.items())
-        if not _matches(name, NOT_READ) and (not (match := STEP.match(name)) or int(match[1]) == max(steps))
+        key for key, name in sorted(inside.items()) if not (match := STEP.match(name)) or int(match[1]) == max(steps)
     ]
 
 
-def _keys_under(store, path: str) -> list[str]:
-    """The objects `path` and `path`/..., all of the bucket for ""."""
+def keys_under(store, path: str) -> list[str]:
+    """The objects `path` and `path`/..., all of the bucket for "".
+
+    A folder that may not be listed, or a bucket that is not there, looks empty.
+    """
     import tensorstore
 
     span = tensorstore.KvStore.KeyRange(path, path + "0") if path else None  # "0" is the character after "/"
@@ -106,20 +142,21 @@ def _keys_under(store, path: str) -> list[str]:
     return [key for key in keys if not path or key == path or key.startswith(path + "/")]
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name matches one of the patterns of `fnmatch`."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def _open(bucket: str):
+def open_store(bucket: str, retries: Mapping[str, Any] | None = None):
+    """TensorStore's KvStore of a bucket; `retries`: its gcs_request_retries."""
     import tensorstore
 
-    context = {"gcs_request_retries": RETRIES}
+    context = {"gcs_request_retries": dict(retries or RETRIES)}
     return tensorstore.KvStore.open({"driver": "gcs", "bucket": bucket, "context": context}).result()
 
 
-def _fetch(store, key: str, root: Path, generation: str | None) -> str:
-    """Write an object into the folder of copies unless that has this generation; returns the generation, in hex."""
-    file = root / key
+def fetch(store, key: str, file: Path, generation: str | None = None) -> str:
+    """Write an object to a file unless that has this generation; returns the generation, in hex."""
     known = bytes.fromhex(generation) if generation and file.is_file() else None
     read = store.read(key, if_not_equal=known).result()
     if read.state == "value":
@@ -135,19 +172,42 @@ def full_name(value: str | Path) -> str:
 
 
 @contextmanager
-def _errors(value: str | Path) -> Iterator[None]:
-    """TensorStore's errors as one sentence each."""
+def explained(value: str | Path) -> Iterator[None]:
+    """Context: raises TensorStore's errors, also as causes of other errors, as one sentence each (see `explain`)."""
     try:
         yield
     except UserError:
         raise
-    except ValueError as error:  # with the code of Abseil's status at the beginning
-        code = str(error).partition(":")[0].strip()
-        if code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
-            raise UserError(
-                f"{full_name(value)} is not yours to use ({code}); run `gcloud auth application-default login`, or "
-                "check the rights of this machine's account"
-            ) from error
-        if code not in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "UNKNOWN", "INTERNAL"):
+    except Exception as error:
+        if (sentence := explain(error, value)) is None:
             raise
-        raise RetryError(f"the bucket of {full_name(value)} does not answer ({code}); try again") from error
+        raise sentence from error
+
+
+def explain(error: BaseException | None, value: str | Path) -> UserError | None:
+    """What TensorStore's error, or one that it caused, says about the bucket of `value`; None for other errors.
+
+    A RetryError where the same may go well later, otherwise a UserError.
+    """
+    while error is not None:
+        match = CODE.match(str(error)) if isinstance(error, ValueError) else None
+        if match is not None or (isinstance(error, ValueError) and "http_response_code=" in str(error)):
+            return _sentence(match[1] if match else "refused", str(error), full_name(value))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _sentence(code: str, text: str, name: str) -> UserError | None:
+    said = " ".join(CODE.sub("", text, count=1).partition("[http_response")[0].split())[:200]
+    if MENDED_BY_A_PERSON.search(text):
+        return UserError(f"{name} takes no more ({said or code}); see the quotas and the billing of its project")
+    if code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
+        return UserError(
+            f"{name} is not yours to use ({code}); run `gcloud auth application-default login`, or check the rights "
+            "of this machine's account: objects are listed, read, written and deleted"
+        )
+    if code == "NOT_FOUND":
+        return UserError(f"there is no bucket of the name of {name} ({said}); check the name, or make it")
+    if code in TRANSIENT_CODES:
+        return RetryError(f"the bucket of {name} does not answer ({code}); try again")
+    return UserError(f"the bucket of {name} refuses a request ({code}: {said})") if "http_resp" in text else None

@@ -33,10 +33,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lionjax.core import bucket
 from lionjax.core import params as trees
 from lionjax.core.files import is_disk_full
 from lionjax.core.types import Params, UserError
-from lionjax.training import distributed
+from lionjax.training import bucket_paths, distributed
+from lionjax.training.bucket_folder import arrays_folder
 from lionjax.training.checksum import in_host_memory, leaf_checksums, manifest, sha256_of_json
 
 log = logging.getLogger(__name__)
@@ -182,6 +184,8 @@ def _orbax_restore(path: Path, args: ocp.args.Composite, description: str):
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise  # not caused by the files' content
     except Exception as error:  # Orbax and TensorStore raise errors of many types for corrupt files
+        if isinstance(path, bucket_paths.BucketPath) and (sentence := bucket.explain(error, str(path))):
+            raise sentence from error
         cause = error
         while cause.__cause__:  # only the innermost error names the array
             cause = cause.__cause__
@@ -193,7 +197,7 @@ def _orbax_restore(path: Path, args: ocp.args.Composite, description: str):
 
 def quarantine(workdir: Path, path: Path, reason: str) -> Path:
     """Move a directory to `workdir`/quarantined and log a warning; returns its new path. All processes must call it."""
-    target = workdir / "quarantined" / f"{path.parent.name}_{path.name}_{time.time_ns()}"
+    target = arrays_folder(workdir) / "quarantined" / f"{path.parent.name}_{path.name}_{time.time_ns()}"
     if distributed.is_main_process():
         target.parent.mkdir(exist_ok=True)
         path.rename(target)
@@ -342,14 +346,14 @@ def copy_leaf(leaf: jax.Array, out: np.ndarray | None = None):
 
 def all_steps(folder: Path) -> list[int]:
     """The completely written steps of a checkpoints folder, newest first."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    paths = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return sorted((int(path.name) for path in paths if bucket_paths.is_complete(path)), reverse=True)
 
 
 def all_bases(folder: Path) -> dict[int, Path]:
     """{stage index: directory} of the base folders in `folder`."""
     names = {path: re.fullmatch(r"(\d+)_\w+", path.name) for path in folder.glob("*")}
-    return {int(match[1]): path for path, match in names.items() if match}
+    return {int(match[1]): path for path, match in names.items() if match and bucket_paths.is_complete(path)}
 
 
 def remove_tmp_directories(workdir: Path) -> None:
@@ -357,6 +361,10 @@ def remove_tmp_directories(workdir: Path) -> None:
     for folder in ("frozen", "base", "checkpoints"):
         for path in (workdir / folder).glob(f"*{ORBAX_TMP_SUFFIX}*"):
             shutil.rmtree(path)
+    if (arrays := arrays_folder(workdir)) != workdir:
+        for path in (path for folder in ("frozen", "base", "checkpoints") for path in (arrays / folder).glob("*")):
+            if not bucket_paths.is_complete(path):
+                path.rmtree()
 
 
 @contextlib.contextmanager
@@ -374,7 +382,7 @@ def explain_disk_full(workdir: Path) -> Iterator[None]:
                     break
                 except OSError:
                     time.sleep(0.1)
-        last = next(iter(all_steps(workdir / "checkpoints")), None)
+        last = next(iter(all_steps(arrays_folder(workdir) / "checkpoints")), None)
         valid = f"the checkpoint of update {last} is complete" if last else "earlier files are complete"
         raise UserError(
             f"the disk is full while writing in {workdir}; {valid}: free disk space and run the same command again"

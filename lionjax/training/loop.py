@@ -27,7 +27,16 @@ from lionjax.core.experiment import Experiment, Stage
 from lionjax.core.types import Batch, Params, UserError
 from lionjax.data.config import DataConfig
 from lionjax.data.regions_digest import with_regions_digest
-from lionjax.training import bad_steps, checkpoint, compiled_programs, distributed, feature_cache, feature_store, resume
+from lionjax.training import (
+    bad_steps,
+    bucket_folder,
+    checkpoint,
+    compiled_programs,
+    distributed,
+    feature_cache,
+    feature_store,
+    resume,
+)
 from lionjax.training import step as stages
 from lionjax.training.companions import save_companions
 from lionjax.training.init import ParamSpecs, make_param_specs
@@ -41,6 +50,7 @@ from lionjax.training.run_folder import (
     updates_before,
 )
 from lionjax.training.run_log import PhaseTimer, RunLogger, StageStats, downtime, write_report
+from lionjax.training.stream_counters import StreamCounters
 from lionjax.training.trackers import Picture
 from lionjax.training.validate import check_boxes
 
@@ -76,7 +86,7 @@ def train(
     start_time: float | None = None,
     evaluator: Callable | None = None,
 ) -> tuple[Params, dict]:
-    """Run all stages in `workdir`, or resume there; returns (parameters, report).
+    """Run all stages in `workdir`, or resume there; returns (parameters, report). It may be gs://BUCKET/PATH.
 
     `make_batches(data, stage, seed, batch_size, process_index, process_count)` returns an iterator of numpy batches
     with `position()` (JSON-serializable), `restore(position)`, `name(record)` and `close()`, such as
@@ -88,18 +98,20 @@ def train(
     Raises UserError for a config that does not match the folder or the model, for bad steps according to
     `run.on_bad_step`, and for a full disk.
     """
-    workdir, start_time = Path(workdir), time.time() if start_time is None else start_time
+    start_time, run_config = time.time() if start_time is None else start_time, experiment.run
     timer = PhaseTimer(start_time)
     if isinstance(experiment.data, DataConfig):
         experiment = dataclasses.replace(experiment, data=with_regions_digest(experiment.data))
     with (
+        bucket_folder.opened(workdir) as workdir,
         lock_workdir(workdir),
         checkpoint.explain_disk_full(workdir),
         distributed.PreemptionHandler() as stop,
-        distributed.Watchdog(experiment.run.watchdog_seconds) as watchdog,
+        distributed.Watchdog(run_config.watchdog_seconds) as watchdog,
         compiled_programs.cached_in(workdir),
     ):
         check_or_write_config(workdir, experiment)
+        arrays = bucket_folder.arrays_folder(workdir)
         mesh = sharding.make_mesh(experiment.mesh)
         example = _open_all_stages(experiment, make_batches, workdir, mesh)
         check_boxes(experiment.model, example)
@@ -109,9 +121,9 @@ def train(
         position = resume.restore_or_init(workdir, experiment, example, specs)
         for phase, seconds in downtime(workdir, position.history, start_time).items():
             timer.add(phase, seconds)
-        update = updates_before(experiment, position.stage) + position.step
+        update, steps_folder = updates_before(experiment, position.stage) + position.step, arrays / "checkpoints"
         with (
-            checkpoint.AsyncCheckpointManager(workdir / "checkpoints", experiment.run.max_to_keep) as checkpoints,
+            checkpoint.AsyncCheckpointManager(steps_folder, run_config.max_to_keep) as checkpoints,
             RunLogger(workdir, experiment, update) as logger,
         ):
             cache = feature_cache.FeatureCache(int(experiment.run.feature_cache_gib * 2**30))
@@ -130,7 +142,7 @@ def train(
 def _open_batches(experiment: Experiment, stage: Stage, make_batches: Callable, workdir: Path, mesh: Mesh):
     data = experiment.data
     if getattr(data, "bad_records_path", None) == "":  # by default the run folder holds the list
-        data = dataclasses.replace(data, bad_records_path=str(workdir / "bad_records.jsonl"))
+        data = dataclasses.replace(data, bad_records_path=str(bucket_folder.own_file(workdir, "bad_records.jsonl")))
     return make_batches(data, stage, experiment.seed, stage.batch_size, *sharding.process_shard(mesh))
 
 
@@ -358,32 +370,6 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class StreamCounters:
-    """Adds background data loading, checkpoint time, bad records and cut answers to the statistics of a stage."""
-
-    def __init__(self):
-        self.batch_seconds = self.bad = self.cut = 0.0
-
-    def add_background_seconds(
-        self, stats: StageStats, stream: Any, checkpoints: checkpoint.AsyncCheckpointManager
-    ) -> None:
-        """Add the seconds spent in the background since the last call: loading batches and saving checkpoints."""
-        load_seconds = getattr(stream, "load_seconds", 0.0)
-        for part, seconds in (("data", load_seconds - self.batch_seconds), ("save", checkpoints.pop_save_seconds())):
-            stats.behind[part] = stats.behind.get(part, 0.0) + seconds
-        self.batch_seconds = load_seconds
-
-    def add_row_counts(self, stats: StageStats, stream: Any) -> None:
-        """Add the records replaced and the answers cut since the last call, summed over processes.
-
-        All processes must call it.
-        """
-        counts = (getattr(stream, name, 0) for name in ("num_bad_records", "num_cut_answers"))
-        bad, cut = distributed.sum_across_processes(*counts)
-        stats.bad_records, self.bad = stats.bad_records + int(bad - self.bad), bad
-        stats.cut_answers, self.cut = stats.cut_answers + int(cut - self.cut), cut
-
-
 def drain(
     run: RunContext, stage_run: StageRun, in_flight: collections.deque, stats: StageStats, max_in_flight: int
 ) -> None:
@@ -444,5 +430,6 @@ def save_checkpoint(
         "history": [*position.history[: position.stage], dataclasses.asdict(stats)],
         "score": [position.stage, stats.recent_mean_loss],
     }
+    bucket_folder.publish(run.workdir)  # metrics of the updates before
     items = {"trainable": state.trainable, "optimiser": to_state_dict(state.opt_state)}
     run.checkpoints.save(updates_before(run.experiment, position.stage) + step, items, meta)

@@ -11,7 +11,8 @@ from typing import Any
 from lionjax.core import params as trees
 from lionjax.core.experiment import Experiment
 from lionjax.core.types import Batch, Params, UserError
-from lionjax.training import checkpoint, run_folder
+from lionjax.training import bucket_folder, checkpoint, run_folder
+from lionjax.training.bucket_folder import arrays_folder
 from lionjax.training.checkpoint import CorruptCheckpointError
 from lionjax.training.init import ParamSpecs, init_params
 from lionjax.training.optimizer import abstract_opt_state, make_optimizer
@@ -62,10 +63,11 @@ def _restore(workdir, experiment, example, specs, stage: int, step: int) -> Posi
     learned, opt_state, meta = run_folder.read_position(workdir, experiment, specs, stage, step, opt_state)
     data_position = meta["data"] if step else None
     frozen, frozen_id = _load_frozen(workdir, experiment, example, specs, meta["frozen"]), meta["frozen"]
-    if not _holds_leaves(workdir / "frozen" / frozen_id, frozen):  # stages have been added or changed
+    if not _holds_leaves(arrays_folder(workdir) / "frozen" / frozen_id, frozen):  # stages have been added or changed
         frozen_id = _save_frozen(workdir, frozen)
     history = tuple(meta["history"])
-    log.info("restored %s: %s", workdir, run_folder.describe_position(experiment, stage, step))
+    restored = run_folder.describe_position(experiment, stage, step)
+    log.info("restored %s: %s", bucket_folder.display_name(workdir), restored)
     return Position(stage, step, frozen, learned, frozen_id, opt_state, data_position, history)
 
 
@@ -98,8 +100,9 @@ def _load_frozen(workdir, experiment, example, specs, name: str) -> Params:
 
 def _save_frozen(workdir: Path, frozen_params: Params) -> str:
     name = checkpoint.sha256_of_json(checkpoint.manifest({"never": frozen_params}))[:16]
-    if not (workdir / "frozen" / name).is_dir():
-        checkpoint.save_tree(workdir / "frozen" / name, {"never": frozen_params}, {})
+    path = arrays_folder(workdir) / "frozen" / name
+    if not path.is_dir():
+        checkpoint.save_tree(path, {"never": frozen_params}, {})
     return name
 
 
@@ -115,6 +118,7 @@ def save_base(workdir: Path, experiment: Experiment, position: Position) -> None
     """Save the trainable parameters at the start of a stage, or the result after the last stage."""
     checkpoint.require_finite(position.trainable_params, run_folder.describe_position(experiment, position.stage, 0))
     meta = {"frozen": position.frozen_id, "history": list(position.history)}
+    bucket_folder.publish(workdir)  # metrics of the updates before
     checkpoint.save_tree(
         run_folder.base_folder(workdir, experiment, position.stage), {"learned": position.trainable_params}, meta
     )

@@ -21,7 +21,8 @@ from lionjax.core.errors import RetryError
 from lionjax.core.experiment import Experiment
 from lionjax.core.files import append_jsonl, read_record, write_atomic
 from lionjax.core.types import Params, UserError
-from lionjax.training import checkpoint, distributed
+from lionjax.training import bucket_folder, checkpoint, distributed
+from lionjax.training.bucket_folder import arrays_folder, display_name
 from lionjax.training.changes import plan_changes
 from lionjax.training.checkpoint import CorruptCheckpointError
 from lionjax.training.init import ParamSpecs
@@ -57,9 +58,9 @@ def check_or_write_config(workdir: Path, experiment: Experiment) -> None:
     folder or one config.
     """
     path, text = workdir / "config.json", config.to_json(experiment)
-    has_checkpoints = any((workdir / name).exists() for name in ("base", "checkpoints"))
+    has_checkpoints = any((arrays_folder(workdir) / name).exists() for name in ("base", "checkpoints"))
     if has_checkpoints and not path.is_file():
-        raise UserError(f"{workdir} holds checkpoints but no config.json; set another --workdir")
+        raise UserError(f"{display_name(workdir)} holds checkpoints but no config.json; set another --workdir")
     if has_checkpoints:  # without checkpoints, an earlier start has failed and its config may be replaced
         try:
             old = saved_config(workdir)
@@ -73,10 +74,13 @@ def check_or_write_config(workdir: Path, experiment: Experiment) -> None:
         rename_bases(workdir, experiment)
         write_atomic(path, text)
         checkpoint.remove_tmp_directories(workdir)
+        bucket_folder.publish(workdir)
     distributed.barrier("config written")
+    bucket_folder.fetch(workdir, path.name)
     if not path.is_file() or path.read_text() != text:
         raise UserError(
-            f"process {jax.process_index()} cannot find the config.json that process 0 wrote in {workdir}; run all "
+            f"process {jax.process_index()} cannot find the config.json that process 0 wrote in "
+            f"{display_name(workdir)}; run all "
             "processes with the same config and a --workdir that all hosts share"
         )
 
@@ -87,7 +91,7 @@ def _apply_changes(workdir: Path, old: Experiment, new: Experiment) -> None:
     planned = plan_changes(workdir, old, new, positions)
     distributed.barrier("changes planned")  # all processes have read the folder
     for name in sorted(planned.fields):
-        log.info("resuming %s with %s changed: %r -> %r", workdir, name, *planned.fields[name])
+        log.info("resuming %s with %s changed: %r -> %r", display_name(workdir), name, *planned.fields[name])
     for note in planned.notes:
         log.info("%s", note)
     if planned.reopened is not None:
@@ -103,7 +107,7 @@ def _apply_changes(workdir: Path, old: Experiment, new: Experiment) -> None:
 
 def rename_bases(workdir: Path, experiment: Experiment) -> None:
     """Give the directories in `base/` the names of `experiment`'s stages, of which one may have been added."""
-    for stage, path in checkpoint.all_bases(workdir / "base").items():
+    for stage, path in checkpoint.all_bases(arrays_folder(workdir) / "base").items():
         if stage <= len(experiment.stages) and path != base_folder(workdir, experiment, stage):
             path.rename(base_folder(workdir, experiment, stage))
 
@@ -141,7 +145,7 @@ def base_folder(workdir: Path, experiment: Experiment, stage: int) -> Path:
     """The directory of the trainable parameters at the start of a stage; for `stage` after the last: the result."""
     last = stage == len(experiment.stages)
     name = "final" if last else safe_file_name(experiment.stages[stage].name)
-    return workdir / "base" / f"{stage}_{name}"
+    return arrays_folder(workdir) / "base" / f"{stage}_{name}"
 
 
 def safe_file_name(text: str) -> str:
@@ -150,8 +154,9 @@ def safe_file_name(text: str) -> str:
 
 def saved_positions(workdir: Path, experiment: Experiment) -> list[tuple[int, int]]:
     """(stage, step in the stage) of all bases and checkpoints in a run folder, newest first."""
-    positions = [(stage, 0) for stage in checkpoint.all_bases(workdir / "base")]
-    for update in checkpoint.all_steps(workdir / "checkpoints"):
+    arrays = arrays_folder(workdir)
+    positions = [(stage, 0) for stage in checkpoint.all_bases(arrays / "base")]
+    for update in checkpoint.all_steps(arrays / "checkpoints"):
         stage = max(s for s in range(len(experiment.stages)) if updates_before(experiment, s) < update)
         positions.append((stage, update - updates_before(experiment, stage)))
     return sorted(positions, reverse=True)
@@ -165,7 +170,7 @@ def read_position(
     `opt_state` is the structure to restore the optimizer's state into; None leaves it out, as does `step` 0.
     Raises CorruptCheckpointError if a directory is damaged, or missing.
     """
-    path = workdir / "checkpoints" / str(updates_before(experiment, stage) + step)
+    path = arrays_folder(workdir) / "checkpoints" / str(updates_before(experiment, stage) + step)
     scratch = step and experiment.stages[stage].init_from == "scratch"
     base = base_folder(workdir, experiment, 0 if scratch else stage)
     if not base.is_dir():
@@ -187,13 +192,13 @@ def read_frozen(workdir: Path, specs: ParamSpecs, frozen_id: str) -> Params:
 
     Those that a stage was to train which has been changed or left out before it began are in the first base.
     """
-    path, wanted = workdir / "frozen" / frozen_id, trees.flatten(specs.frozen)
+    path, wanted = arrays_folder(workdir) / "frozen" / frozen_id, trees.flatten(specs.frozen)
     if not path.is_dir():
         raise CorruptCheckpointError(path, "the directory is missing")
     held, _ = _read_group(path, "never", specs)
     if wanted.keys() - held.keys():
-        learned, meta = _read_group(checkpoint.all_bases(workdir / "base")[0], "learned", specs)
-        held = _read_group(workdir / "frozen" / meta["frozen"], "never", specs)[0] | learned | held
+        learned, meta = _read_group(checkpoint.all_bases(path.parent.parent / "base")[0], "learned", specs)
+        held = _read_group(path.parent / meta["frozen"], "never", specs)[0] | learned | held
     return _with_specs(held, wanted)
 
 
@@ -205,7 +210,7 @@ def read_base(workdir: Path, path: Path, specs: ParamSpecs) -> tuple[Params, dic
     held, meta = _read_group(path, "learned", specs)
     wanted = trees.flatten(specs.trainable)
     if missing := wanted.keys() - held.keys():
-        held |= _read_group(workdir / "frozen" / meta["frozen"], "never", specs)[0]
+        held |= _read_group(arrays_folder(workdir) / "frozen" / meta["frozen"], "never", specs)[0]
         values = (len(missing), min(missing), held[min(missing)].dtype)
         log.info("%d parameters that were frozen so far (%s, ...) go on from the run's %s values", *values)
     return _with_specs(held, wanted), meta

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from bucket_server import running_bucket
 from paths import ROOT
 
 from lionjax.planner import topologies
@@ -29,6 +30,7 @@ JOB = {
     "FIELDS": "--mesh.tensor 4",
     "QUEUE": "tpus",
     "CLAIM": "runs",
+    "RUNS": "/runs",
     "TPU": "tpu-v5-lite-podslice",
     "SHAPE": "8x8",
     "HOSTS": "16",
@@ -122,6 +124,29 @@ def test_every_host_ends_with_2_when_one_of_them_does(tmp_path, code):
     assert run(here / "launch/run.sh", "a.py", str(workdir), bin=tmp_path / "bin").returncode == code
 
 
+@pytest.mark.slow
+def test_the_marks_of_a_run_in_a_bucket_lie_in_the_bucket(tmp_path):
+    here = project(tmp_path)
+    stand_in(tmp_path / "bin", "python", f'PYTHONPATH={ROOT} exec {sys.executable} "$@"')
+    command = (here / "launch/run.sh", "a.py", "gs://bucket/runs/a")
+    with running_bucket() as (url, server):
+        env = {"TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "FEW": "2"}
+
+        def code(program: str) -> int:
+            stand_in(tmp_path / "bin", "lionjax", program)
+            return run(*command, bin=tmp_path / "bin", **env).returncode
+
+        assert [code("exit 1"), code("exit 1")] == [1, 2] and b" " in server.objects["runs/a/launch/mistakes"][0]
+        assert code("exit 1") == 1
+        server.objects["runs/a/checkpoints/5/commit_success.txt"] = (b"", 1)
+        assert code("exit 1") == 1  # there is a new checkpoint
+        assert code("exit 0") == 75
+        server.objects["runs/a/base/2_final/learned/a"] = (b"", 1)
+        assert code("exit 0") == 75  # which is not complete
+        server.objects["runs/a/base/2_final/commit_success.txt"] = (b"", 1)
+        assert code("exit 0") == 0
+
+
 def test_sigterm_reaches_the_program_which_may_save_before_it_ends(tmp_path):
     here = project(tmp_path)
     saves = f"trap 'sleep 0.5; touch {tmp_path}/saved; exit 0' TERM; touch {tmp_path}/on; while :; do sleep 0.1; done"
@@ -173,6 +198,17 @@ def test_a_preempted_slice_is_requested_again_until_the_run_is_done(tmp_path, sl
         (command,) = {x for x in asked.splitlines() if f"ssh {node} --worker=all" in x and "run.sh" in x}
         assert r"FLAGS='overlap' launch/run.sh configs/a.py /mnt/runs/lion --name two\ words" in command
     assert ("--node-count=2 --node-prefix=lion" in asked) == (slices == 2)
+
+
+def test_a_slice_trains_in_a_bucket_without_a_shared_disk(tmp_path):
+    here, log = project(tmp_path), tmp_path / "log"
+    (tmp_path / "log.tried").touch()
+    stand_in(tmp_path / "bin", "gcloud", GCLOUD.format(log=log, code=0, first=""))
+    slice_ = {"NAME": "lion", "ZONE": "here-a", "ACCELERATOR": "v5litepod-64", "BUCKET": "gs://mine/runs"}
+    said = run(here / "launch/queued_resource.sh", "a.py", bin=tmp_path / "bin", PAUSE="0", **slice_)
+    assert said.returncode == 0 and "gs://mine/runs holds lion" in said.stderr
+    asked = log.read_text()
+    assert "launch/run.sh a.py gs://mine/runs/lion" in asked and "mount -t nfs" not in asked
 
 
 def test_a_mistake_in_the_config_is_not_tried_again(tmp_path):
@@ -310,7 +346,7 @@ def test_skypilot_runs_the_same_command_as_the_other_launchers():
     for part in ("setup", "run"):
         said = subprocess.run(["bash", "-n", "-c", made[part]], capture_output=True, text=True)
         assert said.returncode == 0, said.stderr
-    assert "launch/run.sh $CONFIG /runs/$NAME $FIELDS" in made["run"]
+    assert "launch/run.sh $CONFIG $RUNS/$NAME $FIELDS" in made["run"] and made["envs"]["RUNS"] == "/runs"
 
 
 def test_skypilot_stops_at_a_mistake_and_tries_everything_else_again():

@@ -13,6 +13,7 @@ import compile_flags
 import numpy as np
 import pytest
 import toy
+from bucket_server import running_bucket
 from paths import HELPERS, ROOT
 
 from lionjax.core import sharding
@@ -129,6 +130,23 @@ def test_two_processes_give_the_losses_of_one_process(alone, two):
     report = json.loads((two[0] / "report.json").read_text())
     assert [stage["frozen_unchanged"] for stage in report["stages"]] == [True, True]
     assert report["environment"]["processes"] == 2
+
+
+def test_two_processes_killed_in_a_bucket_go_on_on_other_machines(tmp_path, two):
+    with running_bucket() as (url, server):
+        told = {"TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "LIONJAX_LOCK_SECONDS": "3"}
+        processes = begin("gs://bucket/run", 2, **told, LIONJAX_BUCKET_CACHE=str(tmp_path / "first"))
+        ended = time.monotonic() + LATE
+        while "run/checkpoints/10/commit_success.txt" not in server.objects and time.monotonic() < ended:
+            assert all(process.poll() is None for process in processes), ends(processes, None)
+            time.sleep(0.01)
+        for process in processes:
+            process.kill()
+        ends(processes, -signal.SIGKILL)
+        wrote = ends(begin("gs://bucket/run", 2, **told, LIONJAX_BUCKET_CACHE=str(tmp_path / "second")))
+        found = json.loads(next(line for line in wrote[0][0].splitlines() if line.startswith("{")))
+        (tmp_path / "metrics.jsonl").write_bytes(server.objects["run/metrics.jsonl"][0])
+    assert found == two[1] and toy.lines(tmp_path) == toy.lines(two[0])
 
 
 def test_two_processes_give_the_losses_and_answers_of_one_on_scenes_in_files(tmp_path):

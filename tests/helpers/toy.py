@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from lionjax.core import files
+from lionjax.core import bucket, files
 from lionjax.core.experiment import Experiment, RunConfig, Stage
 from lionjax.core.sharding import MeshConfig, with_logical_constraint, with_logical_partitioning
 from lionjax.core.types import VLM, Batch, ModelInfo
@@ -192,7 +192,8 @@ def witnessed(workdir, hang, pause):
             time.sleep(pause)
             batch = super().__next__()
             line = [stage, place + self.shard * self.size, batch.record_B.tolist()]
-            files.append_jsonl(Path(workdir) / "seen.jsonl", line)
+            if not bucket.is_bucket_name(workdir):
+                files.append_jsonl(Path(workdir) / "seen.jsonl", line)
             return batch
 
     return Witnessed

@@ -3,13 +3,11 @@
 
 import logging
 import os
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 from bucket_server import running_bucket
-from paths import ROOT
 
 from lionjax.core import bucket, hub
 from lionjax.core.errors import RetryError, UserError
@@ -52,8 +50,31 @@ def test_a_pushed_folder_is_read_back_and_its_config_is_written_last(objects, tm
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text(name)
     assert bucket.upload(tmp_path / "run", "gs://bucket/mine/") == "gs://bucket/mine"
-    assert [name for name in objects if name != "_"][-1] == "mine/config.json" and len(objects) == 4
+    assert [name for name in objects if name != "_"][-1] == "mine/config.json" and len(objects) == 5
     assert (hub.local_path("gs://bucket/mine") / "base/0_tune/a").read_text() == "base/0_tune/a"
+    assert "mine/base/0_tune/commit_success.txt" in objects
+
+
+def test_what_is_written_beside_a_copy_goes_back_and_nothing_else(objects, tmp_path):
+    (tmp_path / "report.json").write_text("old")
+    written = time.time() + 5
+    (tmp_path / "report.html").write_text("new")
+    os.utime(tmp_path / "report.html", (written, written))
+    bucket.upload(tmp_path, "gs://bucket/mine", newer_than=written - 1)
+    assert [name for name in objects if name != "_"] == ["mine/report.html"]
+
+
+def test_directories_of_a_run_that_is_being_written_are_not_copied(objects):
+    names = "checkpoints/5/a checkpoints/5/commit_success.txt checkpoints/9/a base/0_x/commit_success.txt base/1_y/a"
+    objects |= {f"run/{name}": (b"", 1) for name in [*names.split(), "config.json"]}
+    folder = hub.local_path("gs://bucket/run")
+    files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    assert files == {
+        "config.json",
+        "checkpoints/5/a",
+        "checkpoints/5/commit_success.txt",
+        "base/0_x/commit_success.txt",
+    }
 
 
 @pytest.mark.parametrize("name", ["gs://", "gs://Bucket/a", "gs://bucket/../a"])
@@ -73,11 +94,3 @@ def test_a_bucket_that_does_not_answer_may_be_tried_again(objects, monkeypatch):
     monkeypatch.setattr(bucket, "RETRIES", {"max_retries": 1, "initial_delay": "1ms", "max_delay": "1ms"})
     with pytest.raises(RetryError, match="the bucket of gs://broken/run does not answer .*; try again"):
         hub.local_path("gs://broken/run")
-
-
-def test_a_run_is_not_written_to_a_bucket():
-    words = ["train", "tiny_text_lm", "--workdir", "gs://bucket/runs/mine"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "lionjax", *words], env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "`lionjax push DIR gs://bucket/runs/mine`, or mount the bucket (gcsfuse)" in done.stderr

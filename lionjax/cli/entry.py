@@ -270,12 +270,12 @@ def run_verb(args: argparse.Namespace, extra_args: list[str]) -> None:
     What `evaluate` and `report` write beside a run is copied to its bucket. Raises UsageError where such a name is to
     be written to by another verb than `train`.
     """
-    copied = {}
+    verb, copied = vars(args).get("verb"), {}
     for name, value in vars(args).items():
         if str(value).startswith(("hf:/", "gs:/")) and name not in ("repository", "prompt", "message"):
             from lionjax.core import bucket, hub
 
-            if (args.verb, name) == ("train", "workdir") and bucket.is_bucket_name(value):
+            if (verb, name) == ("train", "workdir") and bucket.is_bucket_name(value):
                 continue
             if name in ("workdir", "out", "dst", "submission"):
                 raise UsageError(
@@ -283,7 +283,7 @@ def run_verb(args: argparse.Namespace, extra_args: list[str]) -> None:
                     f"it with `lionjax push DIR {value}`, or mount the bucket (gcsfuse)".replace(":/", "://")
                 )
             setattr(args, name, type(value)(hub.local_path(value)))
-            if (args.verb, name) in (("evaluate", "dir"), ("report", "dir")) and bucket.is_bucket_name(value):
+            if (verb, name) in (("evaluate", "dir"), ("report", "dir")) and bucket.is_bucket_name(value):
                 copied[getattr(args, name)] = value
     start_time = time.time()
     args.run(args, extra_args)

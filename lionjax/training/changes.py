@@ -13,6 +13,7 @@ from lionjax.core import config
 from lionjax.core.experiment import Experiment, Stage
 from lionjax.core.types import UserError
 from lionjax.data import tokenizer
+from lionjax.training.bucket_folder import display_name
 from lionjax.training.optimizer import learning_rate_schedule
 
 SCHEDULE_FIELDS = (
@@ -86,8 +87,8 @@ def plan_changes(workdir: Path, old: Experiment, new: Experiment, positions: lis
         refused += [f"{name} {before!r} -> {after!r} ({reason})"] if reason else []
     if refused:
         raise UserError(
-            f"{workdir} was made by another config: {'; '.join(refused)}; restore what is named here, or set another "
-            "--workdir"
+            f"{display_name(workdir)} was made by another config: {'; '.join(refused)}; restore what is named here, "
+            "or set another --workdir"
         )
     current = stage if step else reopened
     notes = [] if current is None else _current_stage_notes(old, new, fields, current, positions)

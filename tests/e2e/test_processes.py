@@ -135,6 +135,7 @@ def test_two_processes_give_the_losses_of_one_process(alone, two):
 def test_two_processes_killed_in_a_bucket_go_on_on_other_machines(tmp_path, two):
     with running_bucket() as (url, server):
         told = {"TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "LIONJAX_LOCK_SECONDS": "3"}
+        told["LIONJAX_HEARTBEAT_SECONDS"] = "60"  # nobody waits for a process that has died
         processes = begin("gs://bucket/run", 2, **told, LIONJAX_BUCKET_CACHE=str(tmp_path / "first"))
         ended = time.monotonic() + LATE
         while "run/checkpoints/10/commit_success.txt" not in server.objects and time.monotonic() < ended:

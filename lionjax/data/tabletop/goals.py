@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from lionjax.core.errors import UserError
 from lionjax.data.tabletop import world
-from lionjax.data.tabletop.world import AREAS, Table, area_of
+from lionjax.data.tabletop.world import AREA_CENTERS, AREAS, MAX_MOVE, Action, Body, Table, area_of
 
 GOALS = ("push", "pick", "place", "stack")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -117,24 +119,45 @@ def next_subgoal(table: Table, goal: Goal) -> Subgoal:
         if (table.on_top(index)) >= 0:
             return Subgoal("pick", table.topmost(index))
     if goal.kind == "push" and table.bodies[target].support == world.ON_TABLE:
-        return Subgoal("push", target, _push_direction(table, goal))
+        return _push(table, goal)
     if goal.kind == "push":
         return Subgoal("pick", target)  # from the stack that it lies on
     return Subgoal("pick", target)
 
 
-def _push_direction(table: Table, goal: Goal) -> str:
-    """Along the columns first, unless another object is in the way."""
+def push_action(body: Body, direction: str) -> Action:
+    """The push that moves an object to the middle of the next area in a direction."""
+    dx, dy = DIRECTIONS[direction]
+    goal_x, goal_y = AREA_CENTERS[area_of(body.x, body.y)]
+    # From the middle of an area to the next one it is 1/3 along x and 0.27 along y.
+    change = np.multiply((goal_x - body.x + dx / 3, goal_y - body.y + 0.27 * dy), (abs(dx), abs(dy)))
+    return Action("push", *np.clip(change, -MAX_MOVE, MAX_MOVE).tolist())
+
+
+def _push(table: Table, goal: Goal) -> Subgoal:
+    """The next step for an object that lies on the table, alone, with an empty hand.
+
+    A push along the columns, then along the rows, if it leads to the next area; else what is in the way is picked up.
+    """
     body = table.bodies[goal.target]
-    row, column = divmod(area_of(body.x, body.y), 3)
-    wanted_row, wanted_column = divmod(goal.other, 3)
+    here = area_of(body.x, body.y)
+    (row, column), (wanted_row, wanted_column) = divmod(here, 3), divmod(goal.other, 3)
     sideways = {1: "right", -1: "left"}.get(int(np.sign(wanted_column - column)))
     upright = {1: "down", -1: "up"}.get(int(np.sign(wanted_row - row)))
-    if sideways is None or upright is None:
-        return sideways or upright or "left"
-    dx, _ = DIRECTIONS[sideways]
-    blocked = any(
-        k != goal.target and other.support == world.ON_TABLE and area_of(other.x, other.y) == 3 * row + column + dx
-        for k, other in enumerate(table.bodies)
-    )
-    return upright if blocked else sideways
+    directions = [direction for direction in (sideways, upright) if direction]
+    above = dataclasses.replace(table, gripper=(body.x, body.y))
+    for direction in directions:
+        pushed = world.step(above, push_action(body, direction)).bodies[goal.target]
+        if area_of(pushed.x, pushed.y) != here:
+            return Subgoal("push", goal.target, direction)
+    ahead = {k: _distance_ahead(body, other, directions[0]) for k, other in enumerate(table.bodies) if k != goal.target}
+    ahead = {k: distance for k, distance in ahead.items() if table.bodies[k].support == world.ON_TABLE}
+    return Subgoal("pick", table.topmost(min(ahead, key=ahead.__getitem__)))
+
+
+def _distance_ahead(body: Body, other: Body, direction: str) -> float:
+    """How far an object can be pushed in a direction until it touches another; infinite if it never does."""
+    dx, dy = DIRECTIONS[direction]
+    along = (other.x - body.x) * dx + (other.y - body.y) * dy
+    beside = abs((other.x - body.x) * dy) + abs((other.y - body.y) * dx)
+    return along if along > 0 and beside < 2 * world.RADIUS else math.inf

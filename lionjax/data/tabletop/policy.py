@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from lionjax.data.tabletop import world
-from lionjax.data.tabletop.goals import DIRECTIONS, DONE, Goal, Subgoal, next_subgoal
+from lionjax.data.tabletop.goals import DONE, Goal, Subgoal, next_subgoal, push_action
 from lionjax.data.tabletop.world import AREA_CENTERS, AREAS, HOME, MAX_MOVE, Action, Table, area_of
 
 MISS = (0.0, 0.11)  # by how much a slipping gripper misses an object
@@ -55,16 +55,7 @@ def actions(table: Table, subgoal: Subgoal, slips: bool = False, rng: np.random.
     if verb == "pick":
         miss = MISS if slips else (0.0, 0.0)
         return [*approach(table, body.x + miss[0], body.y + miss[1]), Action("pick")]
-    dx, dy = DIRECTIONS[direction]
-    length = (1 / 3, 0.27)  # from the middle of an area to the next one
-    goal_x, goal_y = AREA_CENTERS[area_of(body.x, body.y)]
-    push = Action("push", (goal_x - body.x + dx * length[0]) * abs(dx), (goal_y - body.y + dy * length[1]) * abs(dy))
-    capped = push._replace(dx=_cap(push.dx), dy=_cap(push.dy))
-    return [] if slips else [*approach(table, body.x, body.y), capped]
-
-
-def _cap(change: float) -> float:
-    return float(np.clip(change, -MAX_MOVE, MAX_MOVE))
+    return [] if slips else [*approach(table, body.x, body.y), push_action(body, direction)]
 
 
 def _put_on(table: Table, index: int, slips: bool, rng) -> list[Action]:

@@ -88,6 +88,15 @@ def test_episodes_are_deterministic_take_turns_and_hold_out_goals_and_combinatio
     assert not any(episodes.held_out_area(*pair) for pair in areas)
 
 
+def test_what_blocks_the_only_push_is_picked_up_and_a_push_that_works_is_preferred():
+    goal, blocked = Goal("push", 0, 4), TABLE.moved({0: {"x": 0.2, "y": 0.6}, 1: {"x": 0.3, "y": 0.69}})
+    assert goals.next_subgoal(TABLE.moved({0: {"x": 0.2, "y": 0.6}}), goal) == Subgoal("push", 0, "right")
+    assert goals.next_subgoal(blocked, goal) == Subgoal("pick", 1)
+    assert goals.next_subgoal(blocked, Goal("push", 0, 1)) == Subgoal("push", 0, "up"), "the other way of two"
+    lying = blocked.moved({2: {"support": 1, "x": 0.3, "y": 0.69}})
+    assert goals.next_subgoal(lying, goal) == Subgoal("pick", 2), "what lies on it first"
+
+
 def test_every_subgoal_is_read_back_from_its_words_and_others_are_refused():
     table = sample_episode("train", 3).table
     for subgoal in goals.possible_subgoals(table):

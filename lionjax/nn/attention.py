@@ -174,11 +174,13 @@ class Attention(nn.Module):
     def attend(self, query_BLNH, key_value, mask=None, bias=None, key=None, past_kv=()):
         """Output (B, L, D) of queries at keys and values (B, S, N, H), and at those of the segments `past_kv`.
 
-        Past keys and values (B, N, S, H) come before the others; there is no dropout with them.
+        Past keys and values (B, N, S, H) come before the others, which may be None; there is no dropout with them. A
+        product of one query with keys in this order of axes reads them where they lie; in the other they are copied.
         """
         scale = 1 / math.sqrt(self.head_dim) if self.scale is None else self.scale
         if past_kv:
-            segments = (*past_kv, tuple(x.swapaxes(1, 2) for x in key_value))
+            new_kv = () if key_value is None else (tuple(x.swapaxes(1, 2) for x in key_value),)
+            segments = (*past_kv, *new_kv)
             out = segmented_attention(query_BLNH, segments, mask, bias, scale)
         else:
             out = dot_product_attention(query_BLNH, *key_value, mask, bias, scale, self.dropout_rate, key)
@@ -192,13 +194,13 @@ class Attention(nn.Module):
         return self.attend(query_BLNH, keys_values, mask, bias, key)
 
 
-def update_kv_cache(cache, new_BLNH, layer, position):
-    """The cache (layers, B, S, N, H) with new keys or values (B, L, N, H) of one layer from `position` on.
+def update_kv_cache(cache, new_BNLH, layer, position):
+    """The cache (layers, B, N, S, H) with new keys or values (B, N, L, H) of one layer from `position` on.
 
     Inside a scan that carries the cache, XLA updates it in place.
     """
-    start = (layer, 0, position, 0, 0)
-    return jax.lax.dynamic_update_slice(cache, new_BLNH[None].astype(cache.dtype), start)
+    start = (layer, 0, 0, position, 0)
+    return jax.lax.dynamic_update_slice(cache, new_BNLH[None].astype(cache.dtype), start)
 
 
 def weight_map(

@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lionjax.core.sharding import partition_spec, with_logical_constraint
 from lionjax.core.types import Array, Cache
 
-SLOT_AXES = {"k": 3, "v": 3, "self_k": 2, "self_v": 2}  # axis of the slots in these entries of `Cache.generated`
-HEAD_AXES = {"k": 2, "v": 2, "self_k": 3, "self_v": 3, "cross_k": 3, "cross_v": 3, "media": 3}  # axis of the heads
+SLOT_AXES = {"k": 3, "v": 3, "self_k": 3, "self_v": 3}  # axis of the slots in these entries of `Cache.generated`
+HEAD_AXES = {"k": 2, "v": 2, "self_k": 2, "self_v": 2, "cross_k": 2, "cross_v": 2, "media": 3}  # axis of the heads
 
 
 def tokens_before(cache: Cache, num_rows: int) -> Array:

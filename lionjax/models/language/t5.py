@@ -130,9 +130,10 @@ class EncoderBlock(nn.Module):
 class DecoderBlock(nn.Module):
     """Self-attention, cross-attention to the encoder, feed-forward.
 
-    The scan carry is (h, cache): `cache` holds the keys and values of all layers (layers, B, S, N, H), into which the
+    The scan carry is (h, cache): `cache` holds the keys and values of all layers (layers, B, N, S, H), into which the
     block writes its own; None: the whole answer is one forward pass. The scanned inputs are the layer's number, its
-    dropout key and its cross-attention keys and values, None if they are to be computed from `encoded_BLD`.
+    dropout key and its cross-attention keys and values (B, N, S, H), None if they are to be computed from
+    `encoded_BLD`; with a cache, those are returned.
     """
 
     c: T5Config
@@ -145,23 +146,27 @@ class DecoderBlock(nn.Module):
         keys = split_key(key, 5)
         self_attention = make_attention(c, "self_attention")
         x_BMD = RMSNorm(c.width, c.norm_eps, name="self_norm")(h_BMD)
-        keys_values = self_attention.project_key_value(x_BMD, keys[0])
+        keys_values, past_kv = self_attention.project_key_value(x_BMD, keys[0]), ()
         if cache is not None:
-            cache = tuple(update_kv_cache(old, new, number, slot) for old, new in zip(cache, keys_values, strict=True))
-            keys_values = tuple(layers[number] for layers in cache)
-        change = self_attention.attend(self_attention.project_query(x_BMD, keys[0]), keys_values, mask, bias, keys[0])
+            new_kv = (x.swapaxes(1, 2) for x in keys_values)
+            cache = tuple(update_kv_cache(old, new, number, slot) for old, new in zip(cache, new_kv, strict=True))
+            keys_values, past_kv = None, (tuple(layers[number] for layers in cache),)
+        query = self_attention.project_query(x_BMD, keys[0])
+        change = self_attention.attend(query, keys_values, mask, bias, keys[0], past_kv)
         h_BMD = h_BMD + dropout(change, c.dropout, keys[1])
 
         cross_attention = make_attention(c, "cross_attention")
         x_BMD = RMSNorm(c.width, c.norm_eps, name="cross_norm")(h_BMD)
-        new_cross_kv = None
+        keys_values = new_cross_kv = None
         if cross_kv is None:
-            new_cross_kv = cross_kv = cross_attention.project_key_value(encoded_BLD, keys[2])
+            keys_values = cross_attention.project_key_value(encoded_BLD, keys[2])
+            new_cross_kv = None if cache is None else tuple(x.swapaxes(1, 2) for x in keys_values)
         query = cross_attention.project_query(x_BMD, keys[2])
-        change = cross_attention.attend(query, cross_kv, encoded_mask, None, keys[2])
+        past_kv = () if cross_kv is None else (cross_kv,)
+        change = cross_attention.attend(query, keys_values, encoded_mask, None, keys[2], past_kv)
         h_BMD = h_BMD + dropout(change, c.dropout, keys[3])
         h_BMD = FeedForward(c, name="feed_forward")(h_BMD, task_B, keys[4])
-        return (h_BMD, cache), None if cache is None else new_cross_kv
+        return (h_BMD, cache), new_cross_kv
 
 
 class Encoder(nn.Module):
@@ -196,7 +201,7 @@ class Decoder(nn.Module):
         query_positions = step + jnp.arange(x_BMD.shape[1])
         key_positions, mask, slot = query_positions, causal_mask(mask_BM), step
         if cache is not None:  # one token, written into a slot of the ring
-            num_slots = cache["self_k"].shape[2]
+            num_slots = cache["self_k"].shape[3]
             age_S, slot = slot_ages(step, num_slots), step % num_slots
             key_positions = step - age_S
             before_B = jnp.reshape(step if before_B is None else before_B, (-1,))
@@ -268,7 +273,7 @@ class T5(nn.Module):
         """As `prefill`, for encoder states `encoded_BLD` (B, L, D)."""
         c = self.c
         batch, dtype = encoded_BLD.shape[0], encoded_BLD.dtype
-        shape = (c.decoder_depth, batch, 1 + cache_length, c.num_heads, c.head_dim)
+        shape = (c.decoder_depth, batch, c.num_heads, 1 + cache_length, c.head_dim)
         empty = {"self_k": jnp.zeros(shape, dtype), "self_v": jnp.zeros(shape, dtype)}
         start_B1 = jnp.full((batch, 1), c.decoder_start_token_id, jnp.int32)
         h_B1D, (self_kv, cross_kv) = self.decoder(

@@ -165,8 +165,9 @@ def against_peer(args: argparse.Namespace) -> None:
 
     from benchmarks import llava
     from lionjax.core import sharding
+    from lionjax.inference.answer_request import AnswerRequest, SessionSizes
     from lionjax.inference.sampling import GenerationConfig
-    from lionjax.inference.session import AnswerRequest, AnswerSession, SessionSizes
+    from lionjax.inference.session import AnswerSession
 
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)

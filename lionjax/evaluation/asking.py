@@ -35,9 +35,9 @@ from lionjax.evaluation.retrieval import retrieval_batches
 from lionjax.evaluation.tasks import benchmark_task
 from lionjax.inference import detector, engine
 from lionjax.inference.answer_mesh import model_digest
+from lionjax.inference.answer_request import AnswerRequest
 from lionjax.inference.engine import Answer, InferenceEngine, Question
 from lionjax.inference.sampling import GenerationConfig
-from lionjax.inference.session import AnswerRequest
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from lionjax.core import params as trees
 from lionjax.core import sharding
 from lionjax.core.sharding import MeshConfig
 from lionjax.core.types import VLM, Batch, Params, UserError
+from lionjax.inference.answer_request import SessionSizes
 from lionjax.inference.sampling import GenerationConfig
-from lionjax.inference.session import SessionSizes
 
 GIB = 2**30
 WEIGHT_SHARE = 0.25  # of a device's memory: parameters that take more are split further, within a host

@@ -115,16 +115,12 @@ class Detector:
         `prompts`: names separated by full stops, "a cat. a dog.", one text for each image or one for all. A box is kept
         if a token's probability exceeds `box_threshold`; its phrase has the tokens above `text_threshold`, with
         `remove_combined` only those of the phrase of the best token. `nms_iou`: also remove boxes that overlap a better
-        one by more than this IoU. Raises UserError for thresholds outside 0..1, a prompt without names, and what
-        cannot be read.
+        one by more than this IoU. Raises UserError for thresholds outside 0..1 and for what cannot be read.
         """
         thresholds = {"box_threshold": box_threshold, "text_threshold": text_threshold}
         thresholds |= {} if nms_iou is None else {"nms_iou": nms_iou}
         for name, value in thresholds.items():
             region_phrases.check_threshold(name, value)
-        for prompt in [prompts] if isinstance(prompts, str) else prompts:
-            if not prompt.strip(" ."):
-                raise UserError(f"the prompt is {prompt!r}; give names separated by full stops, as in 'a cat. a dog.'")
         pil_images = check_images(images)
         separators = [self.tokenizer.token_to_id(piece) for piece in DELIMITERS]
         results = []
@@ -150,8 +146,7 @@ class Detector:
         """The outputs of all queries for each image; see `detect` for the arguments.
 
         Raises UserError for images with a side of one pixel or with fewer positions than queries, for another number of
-        prompts, and where the detector computes NaN or infinity. A prompt may be ".", which names nothing: Lyrics' code
-        gives it for an image without tags.
+        prompts, for an empty prompt, and where the detector computes NaN or infinity.
         """
         pil_images = check_images(images)
         prompts = [prompts] * len(pil_images) if isinstance(prompts, str) else list(prompts)
@@ -209,6 +204,8 @@ class Detector:
 
     def _encode(self, prompt: str) -> tuple[list[int], int]:
         """(ids, number of ids cut) of a prompt as the detector reads it."""
+        if not prompt.strip(" ."):
+            raise UserError(f"the prompt is {prompt!r}; give names separated by full stops, such as 'a cat. a dog.'")
         caption, max_tokens = region_phrases.detector_caption(prompt), self.config.max_text_len
         ids, num_cut = region_phrases.encode_caption(self.tokenizer, caption, max_tokens)
         if num_cut:

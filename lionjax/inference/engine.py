@@ -29,12 +29,13 @@ from lionjax.data.mask_answers import mask_phrases
 from lionjax.data.processor import Processor
 from lionjax.data.regions import ImageRegions
 from lionjax.inference.answer_mesh import free_bytes, session_sizes, slot_bytes
+from lionjax.inference.answer_request import AnswerRequest, Finished, SessionSizes
 from lionjax.inference.candidates import candidate_nll, target_nll
 from lionjax.inference.generate import generate
 from lionjax.inference.image_pool import EncodedExample, ImagePools
 from lionjax.inference.region_predictions import count_masks, masks_in_images, predict_boxes, predict_mask_logits
 from lionjax.inference.sampling import GenerateOutput, GenerationConfig, end_token_ids, require_finite, row_keys
-from lionjax.inference.session import AnswerRequest, AnswerSession, Finished, SessionSizes, blank_rows
+from lionjax.inference.session import AnswerSession, blank_rows
 
 BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32)
 LENGTH_BUCKETS = (16, 32, 64, 128, 256, 512, 1024)

@@ -27,6 +27,7 @@ from lionjax.data.boxes import BOX_PATTERN, MASK_TEXT
 from lionjax.data.processor import ImageTextInput
 from lionjax.data.regions import ImageRegions
 from lionjax.inference import answer_mesh
+from lionjax.inference.answer_request import AnswerRequest, Finished, SessionSizes
 from lionjax.inference.engine import Answer, EncodedExample, require_finite_output
 from lionjax.inference.live_question import (
     BusyError,
@@ -39,7 +40,7 @@ from lionjax.inference.live_question import (
 )
 from lionjax.inference.model import Model
 from lionjax.inference.sampling import GenerateOutput, GenerationConfig, end_token_ids
-from lionjax.inference.session import AnswerRequest, AnswerSession, Finished, SessionSizes
+from lionjax.inference.session import AnswerSession
 from lionjax.inference.text_stream import cut_at_stops, settled_text
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
-import hashlib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -22,110 +21,33 @@ from jax.sharding import Mesh
 from lionjax.core import sharding
 from lionjax.core.types import VLM, Batch, Params, UserError
 from lionjax.inference import slots as programs
-from lionjax.inference.image_pool import Collate, EncodedExample, ImagePool, ImagePools
+from lionjax.inference.answer_request import AnswerRequest, Finished, SessionSizes
+from lionjax.inference.image_pool import Collate, ImagePool, ImagePools
 from lionjax.inference.sampling import GenerateOutput, GenerationConfig, RowSampling, aux_outputs, row_keys
 from lionjax.inference.slots import Admission, Slots
 
+PREFILLS_AHEAD = 2  # admissions read at most while tokens are generated,
+SHARE_BESIDE_PREFILL = 0.5  # if at least this share of the slots is in use; a step of few costs as much as one of all
+STEPS_BESIDE_PREFILL = 4  # of which so many are generated at most before a look at whether an admission can join
 LOOK_AHEAD = 8  # admissions' worth of waiting requests from which rows of like length are chosen
 KEPT_OUTPUTS = 8192  # of the newest requests, for identical ones
 BLANKED = ("image_BHWC", "sam_image_BHWC", "region_BKD", "state_BKS", "object_mask_BKHW")  # without an image
-UNREAD_FIELDS = ("sam", "target", "target_mask", "loss_mask", "num_cut", "size")  # of a row, while text is generated
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class AnswerRequest:
-    """One question. `seed`: of its sampling; `max_new_tokens`: at most that of the session's settings, None: all.
+@dataclasses.dataclass(eq=False)
+class _Prefill:
+    """An admission that is read by another thread. `numbers`: of the requests of its rows, None for canceled ones."""
 
-    `temperature` (0: greedy) and `top_p` are read in a session with `GenerationConfig.row_sampling`.
-    """
-
-    row: EncodedExample
-    seed: int = 0
-    image_blind: bool = False
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    @functools.cached_property
-    def image_digest(self) -> bytes:
-        """A hash of the pixels; empty for the blank image."""
-        return b"" if self.image_blind else _hash(self.row["pixels"])
-
-    def digest(self, is_greedy: bool) -> bytes:
-        """A hash of all that decides the answer, which is not the seed in greedy decoding."""
-        texts = [self.row[name] for name in sorted(self.row) if name not in (*UNREAD_FIELDS, "pixels")]
-        settings = (self.image_blind, self.max_new_tokens)
-        settings += () if is_greedy else (self.seed, self.temperature, self.top_p)
-        return _hash(*texts) + self.image_digest + repr(settings).encode()
-
-    @functools.cached_property
-    def length(self) -> int:
-        """Tokens of the prompt."""
-        return int(self.row["prompt_mask"].sum())
-
-    @functools.cached_property
-    def question_length(self) -> int:
-        """Tokens of the question that a Q-Former reads."""
-        return int(self.row["question_mask"].sum())
-
-
-def _hash(*arrays: np.ndarray) -> bytes:
-    hashed = hashlib.blake2b(digest_size=16)
-    for array in arrays:
-        hashed.update(np.ascontiguousarray(array).data)
-    return hashed.digest()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Finished:
-    """What was generated for a request: `output` has one row."""
-
-    request_id: int
-    request: AnswerRequest
-    output: GenerateOutput
-
-
-@dataclasses.dataclass(frozen=True)
-class SessionSizes:
-    """Fixed shapes of a session. `num_slots` and `admission_rows` are multiples of the batch shards of the mesh.
-
-    `prompt_length`, `question_length`: longest texts; `short_lengths`: shorter prompt lengths that have a program too.
-    """
-
-    num_slots: int
-    admission_rows: int
-    prompt_length: int
-    question_length: int
-    short_lengths: tuple[int, ...] = ()
-
-    @property
-    def prompt_lengths(self) -> tuple[int, ...]:
-        """All padded prompt lengths."""
-        return *self.short_lengths, self.prompt_length
-
-    def padded_length(self, length: int) -> int:
-        """The shortest padded prompt length that holds `length` tokens."""
-        return min(size for size in self.prompt_lengths if size >= length)
-
-    def hold(self, request: AnswerRequest) -> bool:
-        """Whether the texts of a request fit."""
-        return request.length <= self.prompt_length and request.question_length <= self.question_length
-
-    def grown_for(self, request: AnswerRequest) -> SessionSizes:
-        """Sizes with lengths doubled until a request fits, at most to the lengths of its arrays."""
-        prompt, question = self.prompt_length, self.question_length
-        while prompt < request.length:
-            prompt = min(2 * prompt, len(request.row["prompt"]))
-        while question < request.question_length:
-            question = min(2 * question, len(request.row["question"]))
-        return dataclasses.replace(self, prompt_length=prompt, question_length=question)
+    numbers: list[int | None]
+    result: futures.Future[tuple[Admission, Slots]]
 
 
 class AnswerSession:
     """Generates answers to requests of one `GenerationConfig`, without beams, in slots of fixed shapes.
 
     All processes of a mesh must add the same requests in the same order and call `advance` together. `pools`: of images
-    that other sessions with the same parameters encode, too.
+    that other sessions with the same parameters encode, too. On a CPU, where one program does not keep all cores busy,
+    a thread reads the next prompts while tokens are generated; an accelerator runs one program at a time anyway.
     """
 
     def __init__(
@@ -156,18 +78,21 @@ class AnswerSession:
         self._requests: dict[int, AnswerRequest] = {}
         self._outputs: dict[int, GenerateOutput] = {}  # of greedy requests that others may repeat
         self._ready: list[Finished] = []
+        is_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+        self._reader = futures.ThreadPoolExecutor(1, "prefill") if is_cpu else None
+        self._prefills: collections.deque[_Prefill] = collections.deque()
 
     # ------------------------------------------------------------------ requests
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits, runs or is ready."""
-        return not (self._waiting or self._running or self._ready)
+        return not (self._waiting or self._prefills or self._running or self._ready)
 
     @property
     def num_waiting(self) -> int:
         """Requests that have no slot yet."""
-        return len(self._waiting)
+        return len(self._waiting) + sum(len(prefill.numbers) for prefill in self._prefills)
 
     def add(self, request: AnswerRequest) -> int:
         """Queue a request; its number is in `Finished.request_id`. Raises UserError for an answer that is too long."""
@@ -205,6 +130,8 @@ class AnswerSession:
         self._followers.pop(request_id, None)
         self._twins = {digest: first for digest, first in self._twins.items() if first != request_id}
         self._waiting.pop(request_id, None)
+        for prefill in self._prefills:
+            prefill.numbers = [None if number == request_id else number for number in prefill.numbers]
         for slot, running in list(self._running.items()):
             if running == request_id:
                 del self._running[slot]
@@ -261,28 +188,39 @@ class AnswerSession:
 
         Without requests it returns at once. Raises UserError where the model computes NaN or infinity.
         """
-        rows = self.sizes.admission_rows
-        if self._waiting and not self.sizes.hold(oldest := next(iter(self._waiting.values()))) and not self._running:
+        if self._waiting and not (self._running or self._prefills or self._holds_oldest()):
+            oldest = next(iter(self._waiting.values()))
             self.sizes, self._slots = self.sizes.grown_for(oldest), None
-        size = self.sizes
-        while self._waiting and size.num_slots - len(self._running) >= min(rows, len(self._waiting)):
-            if not size.hold(next(iter(self._waiting.values()))):
-                break  # all others end before the slots are made anew
-            self._admit()
+        if self._reader is None:
+            self._admit_waiting()
+        else:
+            self._insert_prefilled(must_wait=max_steps is None)
         if self._running:
-            free = size.num_slots - len(self._running)
-            # At the end all slots run out; before, an admission's worth must be free.
-            min_done = min(free + max(1, min(rows, len(self._waiting))), size.num_slots)
-            if not self._waiting or not size.hold(next(iter(self._waiting.values()))):
-                min_done = size.num_slots
-            steps = max_steps or self.config.max_new_tokens
-            with sharding.use_mesh(self.mesh):
-                self._slots = programs.decode(self.model, self.params, self._slots, self.config, min_done, steps)
+            self._decode(max_steps)
             self._collect()
         ready, self._ready = self._ready, []
         return ready
 
     # ------------------------------------------------------------------ slots
+
+    def _holds_oldest(self) -> bool:
+        """Whether a request waits and the oldest fits; if not, the slots are made anew once all others have ended."""
+        return bool(self._waiting) and self.sizes.hold(next(iter(self._waiting.values())))
+
+    def _decode(self, max_steps: int | None) -> None:
+        """Generate until there is room for the next admission, or with `max_steps` until an answer has ended."""
+        size, steps = self.sizes, max_steps or self.config.max_new_tokens
+        num_free = size.num_slots - len(self._running)
+        num_next = len(self._prefills[0].numbers) if self._prefills else min(size.admission_rows, len(self._waiting))
+        if max_steps is not None:
+            min_done = num_free + 1
+            steps = min(steps, STEPS_BESIDE_PREFILL) if self._prefills and num_next <= num_free else steps
+        elif self._prefills or self._holds_oldest():
+            min_done = min(num_free + max(1, num_next), size.num_slots)
+        else:
+            min_done = size.num_slots  # nothing joins, so that all run out
+        with sharding.use_mesh(self.mesh):
+            self._slots = programs.decode(self.model, self.params, self._slots, self.config, min_done, steps)
 
     def _choose(self, num_free: int) -> list[int]:
         """Waiting requests for one admission: the oldest, and others whose prompts fit its padded length."""
@@ -297,8 +235,16 @@ class AnswerSession:
             fitting += [number for length, number in sorted(window) if length > first]
         return fitting[:count]
 
+    def _admit_waiting(self) -> None:
+        """Put waiting requests into free slots, while an admission's worth is free."""
+        size = self.sizes
+        while self._holds_oldest():
+            if size.num_slots - len(self._running) < min(size.admission_rows, len(self._waiting)):
+                return
+            self._admit()
+
     def _admit(self) -> None:
-        """Put waiting requests into free slots."""
+        """Put one admission of waiting requests into free slots."""
         per_group = self.sizes.num_slots // self._groups
         free = [
             [slot for slot in range(group * per_group, (group + 1) * per_group) if slot not in self._running]
@@ -319,20 +265,67 @@ class AnswerSession:
             ordered[group * rows_of_group + k] = self._waiting.pop(number)
             self._running[slot] = number
         with self._pools.lock, sharding.use_mesh(self.mesh):
-            admission = self._make_admission(ordered, slot_GR)
-            pool = None if self._pool is None else self._pool.features
-            if self._slots is None:
-                longest = self._longest(admission)
-                self._slots = programs.init_slots(
-                    self.model, self.params, longest, pool, self.config, self.sizes.num_slots
-                )
-                if self.mesh.size == 1:  # as what the programs return, or the first admission would compile one more
-                    replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-                    self._slots = jax.device_put(self._slots, replicated)
-            self._slots = programs.admit(self.model, self.params, self._slots, admission, pool, self.config)
+            admission = self._make_admission(ordered, slot_GR, self._waiting.values())
+            self._ensure_slots(admission)
+            features = None if self._pool is None else self._pool.features
+            self._slots = programs.admit(self.model, self.params, self._slots, admission, features, self.config)
 
-    def _make_admission(self, ordered: Sequence[AnswerRequest], slot_GR: np.ndarray) -> Admission:
-        """The admission of a batch's requests, in the order of its rows."""
+    def _ensure_slots(self, admission: Admission) -> None:
+        """Make free slots if there are none yet. The pool must be locked, and the mesh in use."""
+        if self._slots is not None:
+            return
+        longest, features = self._longest(admission), None if self._pool is None else self._pool.features
+        num_slots = self.sizes.num_slots
+        self._slots = programs.init_slots(self.model, self.params, longest, features, self.config, num_slots)
+        if self.mesh.size == 1:  # as what the programs return, or the first admission would compile one more
+            replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+            self._slots = jax.device_put(self._slots, replicated)
+
+    def _start_prefills(self) -> None:
+        """Let the other thread read waiting requests, whether or not slots are free."""
+        while self._holds_oldest() and len(self._prefills) < PREFILLS_AHEAD:
+            numbers = self._choose(self.sizes.admission_rows)
+            requests = [self._waiting.pop(number) for number in numbers]
+            requests += [requests[0]] * (self.sizes.admission_rows - len(requests))
+            result = self._reader.submit(self._prefill, requests, list(self._waiting.values()))
+            self._prefills.append(_Prefill(numbers, result))
+
+    def _prefill(self, requests: Sequence[AnswerRequest], soon: Sequence[AnswerRequest]) -> tuple[Admission, Slots]:
+        """The admission of some requests, and its rows once they are read. Runs in the other thread."""
+        nowhere_GR = np.full((1, len(requests)), self.sizes.num_slots, np.int32)
+        with self._pools.lock, sharding.use_mesh(self.mesh):
+            admission = self._make_admission(requests, nowhere_GR, soon)
+            features = None if self._pool is None else self._pool.features
+            rows = programs.prefill(self.model, self.params, admission, features, self.config)
+        return admission, jax.block_until_ready(rows)
+
+    def _insert_prefilled(self, must_wait: bool) -> None:
+        """Put requests that have been read into free slots, and let the next ones be read.
+
+        `must_wait`: also for an admission that is still being read, as is done if nothing runs.
+        """
+        self._start_prefills()
+        while self._prefills:
+            first, num_slots = self._prefills[0], self.sizes.num_slots
+            free = [slot for slot in range(num_slots) if slot not in self._running]
+            waits = must_wait or len(self._running) < num_slots * SHARE_BESIDE_PREFILL
+            if len(free) < len(first.numbers) or not (waits or first.result.done()):
+                return
+            self._prefills.popleft()
+            self._start_prefills()
+            admission, rows = first.result.result()
+            slot_GR = np.full((1, self.sizes.admission_rows), num_slots, np.int32)
+            for row, (number, slot) in enumerate(zip(first.numbers, free)):
+                if number is not None:
+                    slot_GR[0, row], self._running[slot] = slot, number
+            with self._pools.lock, sharding.use_mesh(self.mesh):
+                self._ensure_slots(admission)
+                self._slots = programs.insert(self._slots, rows, slot_GR)
+
+    def _make_admission(
+        self, ordered: Sequence[AnswerRequest], slot_GR: np.ndarray, soon: Iterable[AnswerRequest]
+    ) -> Admission:
+        """The admission of a batch's requests, in the order of its rows; images of `soon` are encoded beside theirs."""
         length = max(self.sizes.padded_length(one.length) for one in ordered)
         uses_pool = self.model.info.has_features and self.model.info.reads_images
         question_length = min(length, self.sizes.question_length)
@@ -345,8 +338,8 @@ class AnswerSession:
             if self._pool is None:
                 rows, row = self.sizes.admission_rows, ordered[0].row
                 self._pool = self._pools.get(self.model, self.params, self.mesh, self.collate, rows, row)
-            waiting = ((one.image_digest, one.row) for one in self._waiting.values())
-            image_B = self._pool.places([(one.image_digest, one.row) for one in ordered], waiting)
+            next_images = ((one.image_digest, one.row) for one in soon)
+            image_B = self._pool.places([(one.image_digest, one.row) for one in ordered], next_images)
         if is_blind_B.any():
             batch = blank_rows(batch, is_blind_B)
         most = self.config.max_new_tokens

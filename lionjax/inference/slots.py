@@ -2,9 +2,9 @@
 """Decoding in slots: rows that have ended are replaced by waiting prompts while the others go on.
 
 The compiled programs of continuous batching (Orca, OSDI 2022), all of fixed shapes: `encode_images` fills a pool of
-image features, `admit` reads prompts and puts them into slots, `decode` generates until enough slots are free, `cancel`
-frees some. `inference.session` decides what runs when. Of a model only `answer_features`, `prefill` and `extend` are
-called.
+image features, `admit` reads prompts and puts them into slots (`prefill` and `insert` do so in two steps), `decode`
+generates until enough slots are free, `cancel` frees some. `inference.session` decides what runs when. Of a model only
+`answer_features`, `prefill` and `extend` are called.
 """
 
 from __future__ import annotations
@@ -107,18 +107,29 @@ def encode_images(model: VLM, params: Params, batch: Batch, pool: Any, place_B: 
     return jax.tree.map(lambda old, new: old.at[place_B].set(new.astype(old.dtype), mode="drop"), pool, features)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames=("slots",))
-def admit(model: VLM, params: Params, slots: Slots, admission: Admission, pool: Any, config: GenerationConfig) -> Slots:
-    """Read the prompts of an admission, choose the first token of each answer, and put the rows into their slots."""
+@functools.partial(jax.jit, static_argnames=("model", "config"))
+def prefill(model: VLM, params: Params, admission: Admission, pool: Any, config: GenerationConfig) -> Slots:
+    """Read the prompts of an admission and choose the first token of each answer: the rows that `insert` places."""
     batch = _with_features(admission, pool)
     logits_RV, cache = model.prefill(params, batch, 0)
     rows = _empty_rows(*logits_RV.shape, config)
     seen_RV = sampling.init_seen(*logits_RV.shape, config, batch.prompt_BL, batch.prompt_mask_BL)
     given = {"limit_B": admission.limit_B, "key_B": admission.key_B, "sampling": admission.sampling}
     rows = dataclasses.replace(rows, done_B=~rows.done_B, seen_BV=seen_RV, **given)
-    rows = append_token(rows, logits_RV, config)
-    all_rows = jax.tree.map(lambda old, new: set_rows(old[None], new[None], admission.slot_GR)[0], slots.rows, rows)
-    return Slots(constrain_cache(insert_rows(slots.cache, cache, admission.slot_GR)), all_rows)
+    return Slots(cache, append_token(rows, logits_RV, config))
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def insert(slots: Slots, new: Slots, slot_GR: Array) -> Slots:
+    """The slots with the rows of `new`, which `prefill` made, in place of some; see `Admission.slot_GR`."""
+    rows = jax.tree.map(lambda old, new: set_rows(old[None], new[None], slot_GR)[0], slots.rows, new.rows)
+    return Slots(constrain_cache(insert_rows(slots.cache, new.cache, slot_GR)), rows)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames=("slots",))
+def admit(model: VLM, params: Params, slots: Slots, admission: Admission, pool: Any, config: GenerationConfig) -> Slots:
+    """`prefill` and `insert` as one program."""
+    return insert(slots, prefill(model, params, admission, pool, config), admission.slot_GR)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames=("slots",))

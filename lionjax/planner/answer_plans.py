@@ -20,9 +20,9 @@ from lionjax.core import params as trees
 from lionjax.core.experiment import Experiment
 from lionjax.core.sharding import MeshConfig
 from lionjax.inference import answer_mesh, slots
+from lionjax.inference.answer_request import SessionSizes
 from lionjax.inference.image_pool import pool_images
 from lionjax.inference.sampling import GenerationConfig
-from lionjax.inference.session import SessionSizes
 from lionjax.inference.slots import Admission
 from lionjax.nn import kv_cache
 from lionjax.planner import hlo_analysis, topologies

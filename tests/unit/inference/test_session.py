@@ -15,10 +15,11 @@ from toy_system import Toy, batch_of, random_params
 from lionjax.core import sharding
 from lionjax.data.processor import ImageTextInput, Processor
 from lionjax.inference import answer_mesh, engine, slots
+from lionjax.inference.answer_request import AnswerRequest, SessionSizes
 from lionjax.inference.engine import InferenceEngine, Question
 from lionjax.inference.generate import generate
 from lionjax.inference.sampling import GenerationConfig, row_keys
-from lionjax.inference.session import AnswerRequest, AnswerSession, SessionSizes
+from lionjax.inference.session import AnswerSession
 
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
 SIZES = SessionSizes(4, 2, 6, 1, (3,))
@@ -93,13 +94,15 @@ def test_each_request_has_its_own_temperature_and_top_p_and_answers_as_a_session
 def test_no_program_is_compiled_after_the_first_admissions():
     params, config = random_params(0), GenerationConfig(max_new_tokens=7)
     session = toy_session(params, config, SessionSizes(2, 1, 6, 1))
-    before = slots.admit._cache_size()
+    before = [program._cache_size() for program in (slots.prefill, slots.insert)]
     list(session.run(map(AnswerRequest, toy_rows(4))))
-    assert slots.admit._cache_size() == before + 1  # the first admission, into new slots, needs no program of its own
+    # The first admission, into new slots, needs no program of its own.
+    assert [program._cache_size() for program in (slots.prefill, slots.insert)] == [count + 1 for count in before]
     list(toy_session(params, config).run(map(AnswerRequest, toy_rows(12))))
-    counts = [program._cache_size() for program in (slots.admit, slots.decode, slots.init_slots)]
+    programs = (slots.prefill, slots.insert, slots.decode, slots.init_slots)
+    counts = [program._cache_size() for program in programs]
     list(toy_session(params, config).run(map(AnswerRequest, toy_rows(40, seed=1))))
-    assert [program._cache_size() for program in (slots.admit, slots.decode, slots.init_slots)] == counts
+    assert [program._cache_size() for program in programs] == counts
 
 
 def test_log_probabilities_and_limits_are_those_of_each_request():

@@ -8,6 +8,7 @@ word lists and are not implemented.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Ngrams = Counter[tuple[str, ...]]
+KEPT_SENTENCES = 2**16  # references are scored against several answers and by several metrics
 
 ALNUM = r"[^\W_]"
 TOKEN = re.compile(
@@ -66,16 +68,16 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> np.n
     matched, total = np.zeros(4), np.zeros(4)
     length = closest = 0
     for candidate, sample_references in zip(candidates, references, strict=True):
-        words = tokenize(candidate)
-        tokenized_references = [tokenize(reference) for reference in sample_references]
+        words = _words(candidate)
+        tokenized_references = [_words(reference) for reference in sample_references]
         length += len(words)
         closest += min(
             (abs(len(reference_words) - len(words)), len(reference_words)) for reference_words in tokenized_references
         )[1]
         max_counts: Ngrams = Counter()
-        for reference_words in tokenized_references:
-            max_counts |= ngrams(reference_words)
-        for ngram, count in ngrams(words).items():
+        for reference in sample_references:
+            max_counts |= _ngrams_of(reference)
+        for ngram, count in _ngrams_of(candidate).items():
             total[len(ngram) - 1] += count
             matched[len(ngram) - 1] += min(count, max_counts[ngram])
     precision = (matched + 1e-15) / (total + 1e-9)
@@ -93,9 +95,9 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> n
     check_pairs(candidates, references)
     scores = []
     for candidate, sample_references in zip(candidates, references, strict=True):
-        words = tokenize(candidate)
+        words = _words(candidate)
         precision = recall = 0.0
-        for reference_words in map(tokenize, sample_references):
+        for reference_words in map(_words, sample_references):
             common = longest_common_subsequence(words, reference_words)
             if common:
                 precision = max(precision, common / len(words))
@@ -118,15 +120,16 @@ def cider_d(
     therefore depend on the whole set, and a set of a single image always scores 0.
     """
     check_pairs(candidates, references)
-    reference_ngrams = [[ngrams(tokenize(text)) for text in texts] for texts in references]
-    documents = reference_ngrams
-    if corpus is not None:
-        documents = [[ngrams(tokenize(text)) for text in texts] for texts in corpus]
-    document_frequency = Counter(ngram for texts in documents for ngram in set().union(*texts))
+    documents = references if corpus is None else corpus
+    document_frequency = Counter(ngram for texts in documents for ngram in set().union(*map(_ngrams_of, texts)))
+
+    @functools.lru_cache(KEPT_SENTENCES)
+    def vector(text: str) -> TfIdfVector:
+        return tf_idf(_ngrams_of(text), document_frequency, len(documents))
+
     scores = []
-    for candidate, texts in zip(candidates, reference_ngrams, strict=True):
-        candidate_vector = tf_idf(ngrams(tokenize(candidate)), document_frequency, len(documents))
-        similarities = [clipped_cosine(candidate_vector, tf_idf(t, document_frequency, len(documents))) for t in texts]
+    for candidate, texts in zip(candidates, references, strict=True):
+        similarities = [clipped_cosine(vector(candidate), vector(text)) for text in texts]
         scores.append(10 * sum(similarities) / len(texts))
     return np.array(scores)
 
@@ -179,6 +182,17 @@ def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]
 def ngrams(words: Sequence[str]) -> Ngrams:
     """The counts of all 1- to 4-grams."""
     return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+
+
+@functools.lru_cache(KEPT_SENTENCES)
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(tokenize(text))
+
+
+@functools.lru_cache(KEPT_SENTENCES)
+def _ngrams_of(text: str) -> Ngrams:
+    """The counts of all 1- to 4-grams of a sentence; callers must not change them."""
+    return ngrams(_words(text))
 
 
 def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:

@@ -21,6 +21,7 @@ Mask = np.ndarray | Mapping[str, object] | None
 NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 STRICT_BOX = re.compile(r"\[" + ",".join([r"(\d(?:\.\d+)?)"] * 4) + r"\]")
 LENIENT_BOX = re.compile(r"(?<![\w.])" + r"[\s,;]+".join([f"({NUMBER})"] * 4))
+RESAMPLED_TOGETHER = 2**20  # values of bootstrap samples that are in memory at once
 
 
 def iou(boxes_B4: np.ndarray, others_B4: np.ndarray) -> np.ndarray:
@@ -260,7 +261,13 @@ def bootstrap_interval(
     values = np.asarray(values)
     if not len(values):
         raise ValueError("values is empty; give at least one sample")
-    rng = np.random.default_rng(seed)
-    statistics = [statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(num_resamples)]
+    rng, statistics = np.random.default_rng(seed), []
+    num_together = max(1, RESAMPLED_TOGETHER // len(values))
+    for start in range(0, num_resamples, num_together):
+        index_RB = rng.integers(len(values), size=(min(num_together, num_resamples - start), len(values)))
+        if statistic is np.mean and values.ndim == 1:
+            statistics += values[index_RB].mean(axis=1).tolist()
+        else:
+            statistics += [statistic(values[index_B]) for index_B in index_RB]
     low, high = np.quantile(statistics, [(1 - confidence_level) / 2, (1 + confidence_level) / 2])
     return float(low), float(high)

@@ -7,6 +7,7 @@ comparable with papers; each quirk is documented below. "Two dogs." and "2 dogs"
 
 from __future__ import annotations
 
+import functools
 import re
 import string
 from collections import Counter
@@ -34,6 +35,7 @@ CONTRACTIONS = {
 } | {"somebody'd": "somebodyd"}  # reversed in the official table
 
 
+@functools.lru_cache(2**16)  # most answers are given many times
 def normalize_answer(text: str) -> str:
     """The normalized form of an answer: lower case, without punctuation and articles, number words as digits.
 

@@ -166,6 +166,8 @@ def print_entry(entry: Mapping[str, Any]) -> None:
     missing = entry.get("missing_pictures", {"count": 0})["count"]
     if missing:
         console.print(f"{missing} pictures are missing", markup=False)
+    if too_long := entry.get("long_prompts", {"count": 0})["count"]:
+        console.print(f"{too_long} prompts are too long for the model and were not asked", markup=False)
     peers = [peer for peer in entry["published"] if peer["protocol"] == entry["protocol"]]
     for peer in peers:
         trained = ", trained on its train split" if peer["trained"] else ""

@@ -47,8 +47,7 @@ def parse_name(value: str | Path) -> tuple[str, str]:
     """(bucket, path without slashes at its ends). Raises UserError for a text that is not of the form."""
     match = NAME.fullmatch(str(value).rstrip("/"))
     if match is None or ".." in str(value).split("/"):
-        text = re.sub("^gs:/+", "gs://", str(value))  # a path has lost a slash
-        raise UserError(f"{text!r} is no name of a bucket; write gs://BUCKET/PATH")
+        raise UserError(f"{str(value)!r} is no name of a bucket; write gs://BUCKET/PATH")
     return match["bucket"], (match["path"] or "").strip("/")
 
 
@@ -168,7 +167,8 @@ def fetch(store, key: str, file: Path, generation: str | None = None) -> str:
 
 def full_name(value: str | Path) -> str:
     """The name with both slashes, which a path has lost."""
-    return "gs://" + "/".join(filter(None, parse_name(value)))
+    bucket, path = parse_name(value)
+    return f"gs://{bucket}/{path}"
 
 
 @contextmanager

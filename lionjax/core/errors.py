@@ -37,6 +37,10 @@ class RetryError(UserError):
     exit_code = 75  # launchers start the command again
 
 
+class LongPromptError(UserError):
+    """A prompt of more tokens than the model reads; other prompts can still be asked."""
+
+
 def missing_module(error: ModuleNotFoundError, purpose: str = "this") -> UserError:
     """What a user is told who lacks a module: the command that installs its extra, which `purpose` needs."""
     module = (error.name or "").partition(".")[0]

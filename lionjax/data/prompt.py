@@ -13,6 +13,7 @@ import functools
 import itertools
 from collections.abc import Iterable, Sequence
 
+from lionjax.core.errors import LongPromptError
 from lionjax.core.types import UserError
 from lionjax.data import rounds, sentences, tokenizer
 from lionjax.data.boxes import MASK_TEXT, Box, BoxCodec, join_text_and_boxes, sort_corners, split_text_and_boxes
@@ -186,13 +187,13 @@ class PromptBuilder:
     def _frame_prompt(self, question: str, ids: Sequence[int]) -> list[int]:
         """Prompt ids with the start token of a decoder or the end token of an encoder.
 
-        Raises UserError if they are too many.
+        Raises LongPromptError if they are too many.
         """
         is_decoder = self.config.reader == "decoder"
         start, max_tokens = self.tokenizer.bos_ids if is_decoder else [], self.config.max_prompt_tokens
         room = max_tokens - (len(start) if is_decoder else 1)
         if len(ids) > room:
-            raise UserError(
+            raise LongPromptError(
                 f"the prompt {question[:40]!r} takes {len(ids) + max_tokens - room} tokens, but at most {max_tokens} "
                 "are allowed; shorten it or raise processor.max_prompt_tokens"
             )

@@ -33,7 +33,7 @@ class Scripted:
     def __init__(self, answer=lambda prompt: "red", loss=lambda prompt, text: float(len(text)), sources=()):
         self.reply, self.loss, self.prompts, self.calls, self.updates = answer, loss, [], [], 7
         self.experiment = types.SimpleNamespace(data=types.SimpleNamespace(sources=sources), stages=("one",))
-        config = types.SimpleNamespace(image_mean=(0.5, 0.25, 0.0), sam_image_size=64)
+        config = types.SimpleNamespace(image_mean=(0.5, 0.25, 0.0), sam_image_size=64, max_prompt_tokens=99)
         self.processor = types.SimpleNamespace(config=config)
         self.engine = types.SimpleNamespace(model="scripted", params={})  # what a journal is of
 

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from lionjax.core.config import to_json
+from lionjax.core.errors import LongPromptError
 from lionjax.core.files import take_record, write_atomic, write_json, write_jsonl
 from lionjax.core.journal import Journal, journal_key
 from lionjax.core.types import UserError
@@ -79,7 +80,7 @@ def evaluate_model(
         generation = dataclasses.asdict(generation_config(model, protocol, "image_level"))
         settings = {"protocol": protocol.to_json(), "generation setting": generation, "set of questions": asked}
         journal = open_journal(path, model.engine, settings)
-    answers, missing = predict(model, name, protocol, dataset, limit, journal=journal)
+    answers, missing, too_long = predict(model, name, protocol, dataset, limit, journal=journal)
     seconds = time.perf_counter() - start
     if submission:
         write_submission(name, Path(submission), protocol, dataset, answers, source)
@@ -91,6 +92,7 @@ def evaluate_model(
     is_known = bool(model.experiment.stages)
     entry["trained_on_train_split"] = reads_same_files(source, model.experiment.data.sources) if is_known else None
     entry["missing_pictures"] = {"count": len(missing), "names": missing[: scoring.MAX_LISTED]}
+    entry["long_prompts"] = {"count": len(too_long), "names": too_long[: scoring.MAX_LISTED]}
     scores = None
     if has_truth:
         rows = scoring.sized_rows(name, dataset, answers.rows)
@@ -98,7 +100,7 @@ def evaluate_model(
         entry["interval"] = question_scores.interval(name, protocol, rows, scores)
         entry["majority"] = question_scores.majority(name, protocol, rows)
     if has_truth and blind:
-        blank_answers, _ = predict(model, name, protocol, dataset, limit, blind=True, journal=journal)
+        blank_answers, _, _ = predict(model, name, protocol, dataset, limit, blind=True, journal=journal)
         blank_entry = scoring.score_answers(name, protocol, dataset, blank_answers)
         entry["blind"] = {"value": blank_entry["main_figure"]["value"]}
     if folder is not None:
@@ -178,8 +180,8 @@ def predict(
     limit: int | None = None,
     blind: bool = False,
     journal: Journal | None = None,
-) -> tuple[Answers, list[str]]:
-    """(answers of a model to the questions of a benchmark in their order, names of missing pictures).
+) -> tuple[Answers, list[str], list[str]]:
+    """(answers to the questions of a benchmark in their order, names of missing pictures, ids with long prompts).
 
     `blind`: images are replaced by ones of the same size in the mean color, which normalizes to zero. Batches that
     `journal` has are not asked, and those that are asked are kept there.
@@ -189,6 +191,7 @@ def predict(
     usable = [row for row in annotations if not row.problem and benchmark.wanted(row)][:limit]
     missing: dict[str, None] = {}
     rows: list[AnsweredQuestion] = []
+    too_long: list[str] = []
     opened = _with_images(dataset, usable, missing)
     if blind:
         color = tuple(round(255 * value) for value in model.processor.config.image_mean)
@@ -197,18 +200,29 @@ def predict(
         asked = [row for row, _, _ in batch], [image for _, _, image in batch]
         predictions = _recall_batch(journal, asked[0], blind)
         if predictions is None:
-            predictions = predict_batch(model, name, protocol, *asked)
+            predictions = predict_readable(model, name, protocol, *asked)
             _record_batch(journal, asked[0], blind, predictions)
         for (annotation, info, _), prediction in zip(batch, predictions):
+            if prediction is None:
+                too_long.append(annotation.question_id)
+                continue
             segmentation = dataset.segmentations[annotation.regions[0]] if annotation.regions else None
             rows.append(AnsweredQuestion(annotation, info, prediction, segmentation))
     if missing:
         log.warning("%d pictures are missing or unreadable, such as %s", len(missing), next(iter(missing)))
+    if too_long:
+        most = model.processor.config.max_prompt_tokens
+        log.warning("%d prompts have more than %d tokens, such as that of %s", len(too_long), most, too_long[0])
+    if not rows and too_long:
+        raise UserError(
+            f"all prompts of {name} are too long for the model, which reads {most} tokens; raise "
+            "processor.max_prompt_tokens or choose another benchmark"
+        )
     if not rows:
         raise UserError(f"no question of {name} has its picture; give their folder with --images")
     answered = {id(row.annotation) for row in rows}
     unanswered = [row.question_id for row in usable if id(row) not in answered]
-    return Answers(rows, unanswered, sum(bool(row.problem) for row in annotations)), list(missing)
+    return Answers(rows, unanswered, sum(bool(row.problem) for row in annotations)), list(missing), too_long
 
 
 def _batch_key(annotations: Sequence[Annotation], blind: bool) -> str:
@@ -242,6 +256,20 @@ def _with_images(
             missing[dataset.record_name(annotation.photo)] = None
         else:
             yield annotation, info, image
+
+
+def predict_readable(
+    model: Any, name: str, protocol: Protocol, annotations: Sequence[Annotation], images: Sequence[Any]
+) -> list[Any]:
+    """As `predict_batch`, with None for each question whose prompt is longer than the model reads."""
+    try:
+        return predict_batch(model, name, protocol, annotations, images)
+    except LongPromptError:
+        if len(annotations) == 1:
+            return [None]
+    half = len(annotations) // 2
+    parts = [(annotations[:half], images[:half]), (annotations[half:], images[half:])]
+    return [prediction for part in parts for prediction in predict_readable(model, name, protocol, *part)]
 
 
 def predict_batch(

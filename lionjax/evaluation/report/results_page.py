@@ -56,6 +56,8 @@ def table_row(entry: Mapping[str, Any]) -> dict[str, str]:
         questions += f" of {entry['questions']:,}"
     if missing := (entry.get("missing_pictures") or {}).get("count"):
         questions += f"; {missing:,} pictures missing"
+    if too_long := (entry.get("long_prompts") or {}).get("count"):
+        questions += f"; {too_long:,} prompts too long"
     trained = {True: "yes", False: "no"}.get(entry["trained_on_train_split"], "unknown")
     values = (
         entry.get("label", entry["benchmark"]),

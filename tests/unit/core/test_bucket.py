@@ -83,14 +83,6 @@ def test_other_texts_are_no_names(name):
         hub.local_path(name)
 
 
-def test_messages_have_the_slash_that_a_path_has_lost():
-    assert (
-        bucket.full_name(Path("gs://bucket/a/")) == "gs://bucket/a" and bucket.full_name("gs://bucket") == "gs://bucket"
-    )
-    with pytest.raises(UserError, match="'gs://Bad' is no name"):
-        bucket.parse_name(Path("gs://Bad"))
-
-
 def test_what_is_not_there_is_one_sentence(objects):
     with pytest.raises(UserError, match="there is nothing under gs://bucket/nothing; check the name"):
         hub.local_path("gs://bucket/nothing")

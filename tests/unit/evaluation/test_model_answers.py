@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scripted_benchmarks import FILES, Scripted, Settings, ask
 
-from lionjax.core.types import UserError
+from lionjax.core.errors import LongPromptError, UserError
 from lionjax.data.datasets import detect
 from lionjax.data.datasets.annotated_images import Annotation
 from lionjax.evaluation.protocols import get_protocol
@@ -61,6 +61,26 @@ def test_missing_pictures_are_counted_and_the_figure_is_over_the_others(tmp_path
     assert (entry["questions"], entry["answered"], entry["figures"]["overall"]) == (4, 1, 100.0)
 
 
+@pytest.mark.parametrize("limit", [74, 10])
+def test_prompts_that_are_too_long_are_listed_and_the_figure_is_over_the_others(tmp_path, caplog, limit):
+    def reply(prompt):
+        if len(prompt) > limit:
+            raise LongPromptError(f"the prompt {prompt!r} takes too many tokens")
+        return "red"
+
+    if limit == 10:
+        with pytest.raises(UserError, match="all prompts of okvqa are too long for the model, which reads 99 tokens"):
+            ask(tmp_path, *OKVQA, Scripted(reply), "official", TRUTH)
+        return
+    whole = ask(tmp_path, *OKVQA, model := Scripted(), "official", TRUTH)
+    long = [prompt for prompt in model.prompts if len(prompt) > limit]
+    entry = ask(tmp_path, *OKVQA, Scripted(reply), "official", TRUTH)
+    assert 0 < len(long) < 4 and entry["long_prompts"]["count"] == len(long)
+    assert (entry["questions"], entry["answered"]) == (4, 4 - len(long))
+    assert entry["unanswered"] == entry["long_prompts"]["names"] and whole["long_prompts"] == {"count": 0, "names": []}
+    assert f"{len(long)} prompts have more than 99 tokens" in caplog.text
+
+
 def test_candidates_are_ranked_by_the_mean_or_the_sum_of_their_losses(tmp_path):
     model = Scripted(loss=lambda prompt, text: {"1": 3.0, "2": 1.0, "3": 2.0}[text])
     entry = ask(tmp_path, "iconqa", "vqa/iconqa_problems.json", model, "lavis")
@@ -88,7 +108,7 @@ def test_hateful_memes_are_scored_by_the_probability_of_yes(tmp_path):
     entry = ask(tmp_path, "hateful_memes", "vqa/hateful_memes_dev.jsonl", model)
     assert entry["figures"] == {"auroc": 50.0, "accuracy": 50.0}
     source = detect.detect_source(str(FILES / "vqa/hateful_memes_dev.jsonl"), str(tmp_path))
-    answers, _ = model_answers.predict(
+    answers, _, _ = model_answers.predict(
         model, "hateful_memes", get_protocol("hateful_memes"), source.open("heldout", 10**7)
     )
     assert answers.rows[0].prediction["proba"] == pytest.approx(1 / (1 + np.e))

@@ -3,7 +3,6 @@
 
 import concurrent.futures
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -17,11 +16,9 @@ import openai
 import pytest
 import small_lion
 from live_server import data_url, messages, picture, png_of_size, served
-from paths import ROOT
 
 import lionjax
 from lionjax import cli
-from lionjax.cli import entry
 from lionjax.inference.live import LiveModel
 from lionjax.inference.live_question import LiveConfig
 from lionjax.inference.session import AnswerSession
@@ -73,29 +70,6 @@ def test_the_openai_package_gets_the_models_answer_whole_and_streamed(client, mo
     cut = ask(client, "What is here?", stop=stop, max_tokens=20).choices[0]
     assert cut.message.content == expected.text.partition(stop)[0].rstrip() and cut.finish_reason == "stop"
     assert [one.id for one in client.models.list()] == ["small"]
-
-
-def test_the_python_of_the_page_is_followed_word_for_word(server, tmp_path, monkeypatch, capsys):
-    page = (ROOT / "docs" / "serve.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert 'base_url="http://127.0.0.1:8000/v1"' in block and 'model="demo"' in block
-    monkeypatch.chdir(tmp_path)
-    picture().save("picture.png")
-    names: dict = {}
-    exec(block.replace("http://127.0.0.1:8000", server[0]).replace('model="demo"', 'model="small"'), names)
-    message = names["reply"].choices[0].message
-    assert message.content and capsys.readouterr().out == f"{message.content} {message.regions}\n"
-
-
-def test_the_defaults_of_the_page_are_those_of_the_command():
-    page = (ROOT / "docs" / "serve.md").read_text()
-    verb = entry.build_parsers()[1]["serve"]
-    options = {option: action.default for action in verb._actions for option in action.option_strings}
-    rows = re.findall(r"^\| `(--[\w-]+) \w+` \| (\d+)", page, re.MULTILINE)
-    assert len(rows) >= 4
-    for option, default in rows:
-        assert options[option] in (None, int(default)) or str(options[option]) == default, option
-    assert options["--port"] == 8000 and entry.build_parsers()[1]["demo"].get_default("port") == 7860
 
 
 def test_several_clients_at_once_get_their_own_answers(client, model):

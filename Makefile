@@ -11,7 +11,7 @@ help:
 	@echo "make demo       train the tiny flagship in stages, evaluate it, write runs/demo/report.html"
 	@echo "make test       run every test"
 	@echo "make test-fast  run every test but the slow ones"
-	@echo "make test-users  the page in headless Chromium and the notebooks; screenshots in \$$LIONJAX_SCREENSHOTS"
+	@echo "make test-users  the web page in headless Chromium, the notebooks, pages of docs; screenshots in \$$LIONJAX_SCREENSHOTS"
 	@echo "make test-prepare  the test of data preparation by Apache Beam, in .venv-prepare: its pins are older"
 	@echo "make test-lmms  the tests with the real lmms-eval, in .venv-lmms: up to 7.5 GB"
 	@echo "make docs       build the documentation and the API reference into site/; a broken link fails"

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/own_data.md and docs/hub.md, word for word: each command line and Python block, with tiny models and data."""
+"""docs/own_data.md and docs/hub.md, word for word: each command line and Python block, with tiny models and data.
+
+Run by `make test-users`.
+"""
 
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -17,13 +21,14 @@ from hub_server import TOKEN, running_hub
 from leafwise import runs_have_one_device  # noqa: F401
 from paths import ROOT
 
+if not os.environ.get("LIONJAX_USERS"):
+    pytest.skip("run by `make test-users`", allow_module_level=True)
 from lionjax.cli import main
 from lionjax.core.experiment import Stage
 from lionjax.data.config import DataConfig
 from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.processor_config import ProcessorConfig
 
-pytestmark = pytest.mark.slow
 LEFT_OUT = ("--tagger ram/",)  # RAM's weights are not made small here
 SHORT = "--batch-size 4 --data.processor.max_prompt_tokens 96 --run.evaluate_limit 2"  # beside what a page says
 

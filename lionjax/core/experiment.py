@@ -105,6 +105,8 @@ class Stage:
       multiplied by the factor of the first pattern that matches its path.
     - `mixture`: `Mix` entries, or (spec, weight) pairs as on the command line.
     - `batch_size`: examples in one update over all devices, processed in `grad_accum_steps` equal parts.
+    - `examples_per_row`: so many examples share one row of the language model (sequence packing), each seen by itself
+      alone, so that little of a row is padding; a batch then has `batch_size` / `examples_per_row` rows.
     - `learning_rate`: reached from `warmup_learning_rate` in `warmup_steps`, then cosine decay to `end_learning_rate`.
     - `decay`: "linear" in place of the cosine.
     - `steps_per_epoch`: with a number, the cosine counts from the stage's first step and moves once in so many steps
@@ -141,10 +143,11 @@ class Stage:
     model_overrides: tuple[tuple[str, Scalar], ...] = ()
     init_from: Literal["previous", "scratch"] = "previous"
     decay: Literal["cosine", "linear"] = "cosine"
+    examples_per_row: int = 1
 
     def __post_init__(self):
         object.__setattr__(self, "mixture", parse_entries(self.mixture, Mix))
-        for field in ("batch_size", "grad_accum_steps"):
+        for field in ("batch_size", "grad_accum_steps", "examples_per_row"):
             value = getattr(self, field)
             if value < 1:
                 raise UserError(f"stage {self.name!r}: {field} is {value}; it must be at least 1")
@@ -156,6 +159,16 @@ class Stage:
                 f"stage {self.name!r}: batch_size is {self.batch_size}; it must be a multiple of "
                 f"grad_accum_steps={self.grad_accum_steps}"
             )
+        if self.batch_size % (self.grad_accum_steps * self.examples_per_row):
+            raise UserError(
+                f"stage {self.name!r}: batch_size is {self.batch_size}; it must be a multiple of examples_per_row="
+                f"{self.examples_per_row} times grad_accum_steps={self.grad_accum_steps}"
+            )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the language model in one update."""
+        return self.batch_size // self.examples_per_row
 
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")

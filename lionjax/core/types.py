@@ -22,6 +22,7 @@ Array = Any  # a numpy or jax array; its name gives the shape
 Params = dict[str, Any]  # nested dict of arrays; the path of a leaf is its keys joined by "/"
 Metrics = dict[str, Any]
 
+IMAGE_TOKEN = -1000  # id of every image token in a row of several examples (`Batch.segment_BL`)
 REGION_LEVEL, IMAGE_LEVEL = 0, 1  # task indices of LION's adapter router
 CATEGORIES = ("region_level", "image_level")
 
@@ -82,6 +83,12 @@ class Batch:
     sam_size_B2: Array = None  # int32, height and width of the image in the upper left corner of sam_image_BHWC
     mask_size_B2: Array = None  # int32, those of the image in the upper left corner of masks_BKHW; None: sam_size_B2
     packed: PackedText | None = None  # boxes and caption as text (first stage of Lyrics)
+    # Of rows with several examples each (sequence packing, `data.example_rows`), m in a row, the segments 1 to m. The
+    # prompt arrays then hold the whole row, prompt and target of each example in turn, with the id IMAGE_TOKEN at each
+    # image token; the targets of all examples follow each other. Images and their `features` are (B, m K, ...),
+    # `question_*`, `task_B` and `record_B` (B, m, ...), and boxes those of all examples in the order of the row.
+    segment_BL: Array = None  # int32, the segment of each token of the row; 0: padding
+    target_index_BM: Array = None  # int32, where in the row each target token is
     # Of a model with slots (PaLM-E), in the order of their slots in the prompt; rows without a slot are zero.
     state_BKS: Array = None  # float32, state vectors
     object_mask_BKHW: Array = None  # bool, masks of objects at the size of the image
@@ -132,6 +139,23 @@ class SentenceSlots:
 
 
 @dataclasses.dataclass(frozen=True)
+class RowLayout:
+    """How a decoder's row is made of an example, for rows that hold several examples (see `Batch.segment_BL`).
+
+    `image_token_id`: id in the prompt that `tokens_per_image` image tokens replace or, if `is_expanded`, that stands
+    for each of them. `prepends_images`: a prompt without it has all images in front. `box_token_id`: id whose embedding
+    is that of a box. `max_positions`: tokens of an example that fit the learned positions; 0: any number.
+    """
+
+    image_token_id: int | None = None
+    tokens_per_image: int = 0
+    is_expanded: bool = False
+    prepends_images: bool = False
+    box_token_id: int | None = None
+    max_positions: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelInfo:
     """Properties of a model for code outside `models/`, from `VLM.info`.
 
@@ -146,6 +170,7 @@ class ModelInfo:
     - `reads_question`: a Q-Former reads the question with its own tokenizer; `question_vocab_size`: its word table.
     - `region_width`: width of the region features that the model reads (`Batch.region_BKD`); 0: it reads none.
       `reads_packed_text`: it reads `Batch.packed` instead of prompt and target.
+    - `row_layout`: of a model that learns from rows with several examples each; None: each row is one example.
     - `slots`: the slots that a prompt may have besides images; None: it has no slots.
     - `experts`: configs of further models in its checkpoint, by the path of their parameters, which it does not run.
     - `default_processor`: fields of ProcessorConfig for released weights without a processor config;
@@ -170,6 +195,7 @@ class ModelInfo:
     question_vocab_size: int | None = None
     region_width: int = 0
     reads_packed_text: bool = False
+    row_layout: RowLayout | None = None
     slots: SentenceSlots | None = None
     has_features: bool = True
     generates: bool = True

@@ -26,14 +26,22 @@ from lionjax.nn.lora import LoraConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-    """Mask as valid keys (B, S), None for all, and a causal flag: the form that fused kernels accept."""
+    """Mask as valid keys (B, S), None for all, and a causal flag: the form that fused kernels accept.
+
+    `segment_BL`: in attention of a sequence to itself, queries attend to keys of their own segment; None: to all.
+    """
 
     key_valid_BS: jax.Array | None = None
     causal: bool = dataclasses.field(default=False, metadata={"static": True})
+    segment_BL: jax.Array | None = None
 
     def to_dense(self, length: int):
         """Boolean mask that broadcasts to (B, 1, L, S), for L = `length` queries; None if nothing is masked."""
-        return flash_attention.dense_mask(self.key_valid_BS, self.causal, length)
+        mask = flash_attention.dense_mask(self.key_valid_BS, self.causal, length)
+        if self.segment_BL is None:
+            return mask
+        is_same_BLL = (self.segment_BL[:, :, None] == self.segment_BL[:, None])[:, None]
+        return is_same_BLL if mask is None else is_same_BLL & mask
 
 
 def key_padding_mask(valid_BS) -> AttentionMask:
@@ -44,6 +52,11 @@ def key_padding_mask(valid_BS) -> AttentionMask:
 def causal_mask(valid_BL=None) -> AttentionMask:
     """Mask in which a query attends to itself and earlier positions, where these are valid."""
     return AttentionMask(None if valid_BL is None else valid_BL.astype(bool), causal=True)
+
+
+def segmented_causal_mask(segment_BL) -> AttentionMask:
+    """Mask in which a query attends to itself and earlier positions of its segment."""
+    return AttentionMask(causal=True, segment_BL=segment_BL)
 
 
 def dot_product_attention(
@@ -58,7 +71,7 @@ def dot_product_attention(
         mask = mask or AttentionMask()
         if bias is None and not drops:
             out_BLNH = flash_attention.flash_attention(
-                query_BLNH, key_BSNH, value_BSNH, mask.key_valid_BS, mask.causal, scale
+                query_BLNH, key_BSNH, value_BSNH, mask.key_valid_BS, mask.causal, scale, mask.segment_BL
             )
             if out_BLNH is not None:
                 return out_BLNH

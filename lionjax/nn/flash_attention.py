@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused attention (arXiv 2205.14135): cuDNN on GPUs, splash attention on TPUs, and the reference implementation.
 
-The kernels support valid keys and a causal flag as masks. Biases, dropout, other masks, float32, short sequences and
-other devices use `reference_attention` (see `attention.dot_product_attention`).
+The kernels support valid keys and a causal flag as masks, splash attention also segments. Biases, dropout, other masks,
+float32, short sequences and other devices use `reference_attention` (see `attention.dot_product_attention`).
 """
 
 from __future__ import annotations
@@ -39,23 +39,30 @@ def select_backend(platform: str, query_BLNH, key_BSNH, causal: bool = False) ->
     return KERNELS[platform]
 
 
-def flash_attention(query_BLNH, key_BSNH, value_BSNH, key_valid_BS, causal: bool, scale: float):
+def flash_attention(query_BLNH, key_BSNH, value_BSNH, key_valid_BS, causal: bool, scale: float, segment_BL=None):
     """softmax(scale * q k) v (B, L, N, H) over the valid keys by a kernel, or None if no kernel supports the inputs.
 
-    `key_valid_BS`: valid keys; None: all. Fully masked rows have an unspecified finite value.
+    `key_valid_BS`: valid keys; None: all. `segment_BL`: queries attend to keys of their own segment (with all keys
+    valid); None: to all. Fully masked rows have an unspecified finite value.
     """
     mesh = sharding.current_mesh()
     if mesh is None and jax.device_count() > 1:
         return None  # without a mesh the sharding of the inputs is unknown
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    inputs = (query_BLNH, key_BSNH, value_BSNH, key_valid_BS)
+    inputs = (query_BLNH, key_BSNH, value_BSNH)
     name = select_backend(platform, query_BLNH, key_BSNH, causal)
     if name == "splash":
-        return shard_attention(functools.partial(splash_attention, causal=causal, scale=scale), mesh, *inputs)
-    if name == "cudnn" and cudnn_attention_works(
-        query_BLNH.dtype, query_BLNH.shape[1:], key_BSNH.shape[1:], key_valid_BS is not None, causal
+        segmented = segment_BL is not None
+        kernel = functools.partial(splash_attention, causal=causal, scale=scale, segmented=segmented)
+        return shard_attention(kernel, mesh, *inputs, segment_BL if segmented else key_valid_BS)
+    if (
+        name == "cudnn"
+        and segment_BL is None
+        and cudnn_attention_works(
+            query_BLNH.dtype, query_BLNH.shape[1:], key_BSNH.shape[1:], key_valid_BS is not None, causal
+        )
     ):
-        return cudnn_attention(*inputs, causal, scale)
+        return cudnn_attention(*inputs, key_valid_BS, causal, scale)
     return None
 
 
@@ -141,9 +148,19 @@ def cudnn_attention_works(dtype, query_shape: tuple, key_shape: tuple, has_mask:
 
 
 def splash_attention(
-    query_BLNH, key_BSNH, value_BSNH, key_valid_BS, causal: bool, scale: float, interpret: bool = False
+    query_BLNH,
+    key_BSNH,
+    value_BSNH,
+    key_valid_BS,
+    causal: bool,
+    scale: float,
+    interpret: bool = False,
+    segmented: bool = False,
 ):
-    """Attention by JAX's splash attention for TPUs, with sequences padded to a multiple of its block size."""
+    """Attention by JAX's splash attention for TPUs, with sequences padded to a multiple of its block size.
+
+    If `segmented`, `key_valid_BS` has the segment of each position in place of whether it is valid; 0 is padding.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         BlockSizes,
         CausalMask,
@@ -170,10 +187,10 @@ def splash_attention(
     heads_first = [x.swapaxes(1, 2) for x in (query_BLNH, key_BSNH, value_BSNH)]
     if key_valid_BS is None:
         out_BNLH = jax.vmap(kernel)(*heads_first)
-    else:  # all queries, padding included, attend to the keys of segment 1
-        segments = SegmentIds(
-            jnp.ones((rows, queries), jnp.int32), pad_to_multiple(key_valid_BS, BLOCK_LENGTHS[-1]).astype(jnp.int32)
-        )
+    else:  # without segments all queries, padding included, attend to the keys of segment 1
+        key_segments = pad_to_multiple(key_valid_BS, BLOCK_LENGTHS[-1]).astype(jnp.int32)
+        query_segments = key_segments if segmented else jnp.ones((rows, queries), jnp.int32)
+        segments = SegmentIds(query_segments, key_segments)
         out_BNLH = jax.vmap(kernel)(*heads_first, segments)
     return out_BNLH.swapaxes(1, 2)[:, :length]
 

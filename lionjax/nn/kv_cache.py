@@ -139,3 +139,14 @@ def _map_with_axes(function: Callable, cache: Cache) -> Cache:
         static=map_entries(cache.static),
         prompt=jax.tree.map(lambda leaf: call(leaf, 2), cache.prompt),
     )
+
+
+def append_to_cache(cache: Cache, new_kv) -> Cache:
+    """The cache with the keys and values (layers, B, N, 1, H) of the next token, as `Decoder.read_next` gives them."""
+    # One update for all layers, so that XLA writes in place and copies nothing else of the cache.
+    new_slots = {}
+    for name, leaf in zip("kv", new_kv):
+        old = cache.generated[name]
+        slot = cache.step % old.shape[3]
+        new_slots[name] = jax.lax.dynamic_update_slice(old, leaf.astype(old.dtype), (0, 0, 0, slot, 0))
+    return dataclasses.replace(cache, generated=cache.generated | new_slots, step=cache.step + 1)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -103,8 +104,20 @@ def position_ids(mask_BL):
     return jnp.maximum(jnp.cumsum(mask_BL.astype(jnp.int32), axis=1) - 1, 0)
 
 
+def segment_positions(segment_BL):
+    """Positions (B, L) from 0 in each segment, a run of equal numbers in a row."""
+    index_L = jnp.arange(segment_BL.shape[1])
+    is_start_BL = jnp.pad(segment_BL[:, 1:] != segment_BL[:, :-1], ((0, 0), (1, 0)))
+    return index_L - jax.lax.cummax(jnp.where(is_start_BL, index_L, 0), axis=1)
+
+
 def last_token(x_BLD, mask_BL):
     """x (B, D) at the last real token of each row."""
     length = mask_BL.shape[1]
     last_B = length - 1 - jnp.argmax(mask_BL[:, ::-1].astype(bool), axis=1)
     return jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]
+
+
+def states_before(state_BLD):
+    """The state before each position of a sequence (B, L, D) without gaps; the first position has its own."""
+    return jnp.concatenate([state_BLD[:, :1], state_BLD[:, :-1]], axis=1)

@@ -102,8 +102,11 @@ def gather_region_queries(c: RegionHeadConfig, batch: Batch, state_BMD):
     count = batch.boxes_BK4.shape[1]
     is_query_BM = (batch.target_BM == c.trigger_token_id) & batch.loss_mask_BM.astype(bool)
     position_BK, valid_BK = first_k_positions(is_query_BM, count)
-    prompt_boxes_B1 = (batch.prompt_BL == c.box_token_id).sum(axis=1, keepdims=True)
-    index_BM = prompt_boxes_B1 + jnp.cumsum(batch.target_BM == c.box_token_id, axis=1)
+    prompt_boxes_BL = jnp.cumsum(batch.prompt_BL == c.box_token_id, axis=1)
+    if batch.segment_BL is None:
+        index_BM = prompt_boxes_BL[:, -1:] + jnp.cumsum(batch.target_BM == c.box_token_id, axis=1)
+    else:  # the prompt arrays have the whole row
+        index_BM = take_positions(prompt_boxes_BL, batch.target_index_BM)
     index_BK = take_positions(index_BM, position_BK)
     # A truncated answer may end with a query that has no box.
     has_box_BK = take_positions(batch.boxes_mask_BK.astype(bool), jnp.minimum(index_BK, count - 1))

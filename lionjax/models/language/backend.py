@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lionjax.core.types import Array, Cache, Metrics
+from lionjax.core.types import Array, Cache, Metrics, RowLayout
 from lionjax.models.language.decoder import Decoder, DecoderConfig
 from lionjax.models.language.t5 import T5, T5Config
 from lionjax.nn import losses
@@ -53,6 +53,17 @@ def is_encoder_decoder(c: T5Config | DecoderConfig) -> bool:
 def language_model(c: T5Config | DecoderConfig) -> T5 | Decoder:
     """The flax module of a language model config."""
     return T5(c) if isinstance(c, T5Config) else Decoder(c)
+
+
+def row_layout(language: T5Config | DecoderConfig, **fields: Any) -> RowLayout | None:
+    """The layout of rows with several examples; None for a language model that has none.
+
+    An encoder-decoder has two texts in place of a row, and adapters or cross-attention belong to a whole row.
+    """
+    if isinstance(language, T5Config) or language.adapters is not None or language.cross_attention is not None:
+        return None
+    max_positions = language.max_positions and language.max_positions - language.position_offset
+    return RowLayout(max_positions=max_positions, **fields)
 
 
 def token_loss(

@@ -19,9 +19,9 @@ from lionjax.core.sharding import with_logical_constraint
 from lionjax.core.types import Cache, UserError
 from lionjax.models.base_configs import LanguageModelConfig
 from lionjax.nn.adapters import GatedCrossAttentionBlock, GatedCrossAttentionConfig, RoutedAdapters
-from lionjax.nn.attention import Attention, causal_mask, key_padding_mask
+from lionjax.nn.attention import Attention, causal_mask, key_padding_mask, segmented_causal_mask
 from lionjax.nn.flash_attention import MASK_VALUE
-from lionjax.nn.kv_cache import slot_ages, tokens_before
+from lionjax.nn.kv_cache import append_to_cache, slot_ages, tokens_before
 from lionjax.nn.layers import (
     MLP,
     Dense,
@@ -33,8 +33,18 @@ from lionjax.nn.layers import (
     remat_block,
     scan_blocks,
     split_key,
+    take_positions,
 )
-from lionjax.nn.positions import alibi_bias, apply_rope, last_token, position_ids, rope_cos_sin, sinusoidal_positions
+from lionjax.nn.positions import (
+    alibi_bias,
+    apply_rope,
+    last_token,
+    position_ids,
+    rope_cos_sin,
+    segment_positions,
+    sinusoidal_positions,
+    states_before,
+)
 from lionjax.nn.rope import RopeScaling
 
 POSITION_TYPES = ("rope", "alibi", "sinusoidal")
@@ -304,6 +314,13 @@ class Decoder(nn.Module):
         """States (B, L, D) of a whole sequence, undefined at padding. `media`: see `GatedCrossAttentionBlock`."""
         return self.run_blocks(x_BLD, position_ids(mask_BL), causal_mask(mask_BL), task_B, key, media=media)[0]
 
+    def forward_segments(self, x_BLD, segment_BL, target_index_BM, key=None):
+        """States before and after each target token, each (B, M, D), of rows with several examples (see `Batch`)."""
+        positions, mask = segment_positions(segment_BL), segmented_causal_mask(segment_BL)
+        state_BLD = self.run_blocks(x_BLD, positions, mask, None, key)[0]
+        before_BM = jnp.maximum(target_index_BM - 1, 0)
+        return take_positions(state_BLD, before_BM), take_positions(state_BLD, target_index_BM)
+
     def forward(self, x_BLD, mask_BL, target_BMD, target_mask_BM, task_B=None, keys=(None, None), media=None):
         """See `backend.LanguageBackend`; input and target are one sequence."""
         length = x_BLD.shape[1]
@@ -402,7 +419,7 @@ class Decoder(nn.Module):
         if c.scale_embeddings:
             x_BLD = x_BLD * jnp.asarray(c.width**0.5, x_BLD.dtype)
         if c.max_positions:
-            self.check_length(x_BLD.shape[1])
+            self.check_length(x_BLD.shape[1] if mask.segment_BL is None else 0)
             x_BLD = x_BLD + self.position(position_BL + c.position_offset, x_BLD.dtype)
         elif c.position_type == "sinusoidal":
             x_BLD = x_BLD + sinusoidal_positions(position_BL + c.position_offset, c.width).astype(x_BLD.dtype)
@@ -430,19 +447,3 @@ class Decoder(nn.Module):
                 f"{length} tokens do not fit the {positions} learned positions of the language model; lower "
                 "max_prompt_tokens (`lionjax.load(folder, prompt_length=...)`) or max_new_tokens"
             )
-
-
-def states_before(state_BLD):
-    """The state before each position of a sequence (B, L, D) without gaps; the first position has its own."""
-    return jnp.concatenate([state_BLD[:, :1], state_BLD[:, :-1]], axis=1)
-
-
-def append_to_cache(cache: Cache, new_kv) -> Cache:
-    """The cache with the keys and values (layers, B, N, 1, H) of the next token, as `Decoder.read_next` gives them."""
-    # One update for all layers, so that XLA writes in place and copies nothing else of the cache.
-    new_slots = {}
-    for name, leaf in zip("kv", new_kv):
-        old = cache.generated[name]
-        slot = cache.step % old.shape[3]
-        new_slots[name] = jax.lax.dynamic_update_slice(old, leaf.astype(old.dtype), (0, 0, 0, slot, 0))
-    return dataclasses.replace(cache, generated=cache.generated | new_slots, step=cache.step + 1)

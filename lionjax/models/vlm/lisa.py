@@ -18,14 +18,14 @@ from lionjax.core.weight_map import WeightMapping, with_prefix
 from lionjax.models.heads import mask_token, region
 from lionjax.models.language import decoder_weights, t5
 from lionjax.models.language.backend import is_encoder_decoder, token_loss
-from lionjax.models.language.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig, states_before
+from lionjax.models.language.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision import sam_decoder, vit
 from lionjax.models.vision.sam_encoder import SAM_VIT_H, SamConfig
 from lionjax.models.vision.vit import CLIP_VIT_L, ViTConfig
 from lionjax.models.vlm.info import vlm_info
 from lionjax.models.vlm.region_lm import PatchRegionModule, RegionLM, patch_projector_weight_map, repeat_images
-from lionjax.nn.positions import last_token
+from lionjax.nn.positions import last_token, states_before
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,12 @@ import dataclasses
 
 from lionjax.core.errors import check_choices
 from lionjax.core.renamed import Renamed, renamed_fields
-from lionjax.core.types import ModelInfo
+from lionjax.core.types import ModelInfo, RowLayout
 from lionjax.core.weight_map import WeightMapping, with_prefix
 from lionjax.models.heads import region
 from lionjax.models.heads.region import OBJECTIVES, RegionHeadConfig
 from lionjax.models.language import decoder_weights
+from lionjax.models.language.backend import row_layout
 from lionjax.models.language.decoder import VICUNA_7B, DecoderConfig
 from lionjax.models.vision import sam_decoder, vit
 from lionjax.models.vision.sam_encoder import SAM_VIT_H, SamConfig
@@ -68,6 +69,7 @@ class NextChat(RegionHeadConfig, RegionLM):
         return vlm_info(
             self,
             box_token=self.box_token_id,
+            row_layout=self._row_layout(),
             default_processor={
                 "pad_to_square": True,
                 "max_prompt_tokens": 768,
@@ -77,6 +79,18 @@ class NextChat(RegionHeadConfig, RegionLM):
                 "sam_image_size": self.sam.image_size,
             },
             prompt_format="nextchat",
+        )
+
+    def _row_layout(self) -> RowLayout | None:
+        """None where masks are trained: SAM reads one image for each row."""
+        if self.objective != "language":
+            return None
+        return row_layout(
+            self.language,
+            image_token_id=self.image_token_id,
+            tokens_per_image=self.vision.num_patches,
+            is_expanded=True,
+            box_token_id=self.box_token_id,
         )
 
     def module(self) -> NextChatModule:

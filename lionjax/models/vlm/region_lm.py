@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lionjax.core.types import VLM, Batch, Cache, Metrics, Params
+from lionjax.core.types import IMAGE_TOKEN, VLM, Batch, Cache, Metrics, Params
 from lionjax.core.weight_map import WeightMapping
 from lionjax.models.heads import region
 from lionjax.models.heads.region import BoxEncoderDecoder, MaskPromptProjector, RegionHeadConfig
@@ -127,6 +127,10 @@ class RegionModule(nn.Module):
         """Image and prompt embeddings (B, L', D) and their mask (B, L')."""
         raise NotImplementedError
 
+    def embed_row(self, batch: Batch):
+        """Image and text embeddings (B, L, D) of rows with several examples, of a model with `ModelInfo.row_layout`."""
+        raise NotImplementedError
+
     def split_keys(self, key):
         """Dropout keys for (input embedding, encoder or decoder-only model, decoder of an encoder-decoder)."""
         raise NotImplementedError
@@ -163,6 +167,9 @@ class RegionModule(nn.Module):
     def hidden_states(self, batch: Batch, key):
         """States (B, M, D) that predict each target token, and states (B, M, D) after it (see `LanguageBackend`)."""
         input_key, *keys = self.split_keys(key)
+        if batch.segment_BL is not None:
+            x_BLD = self.embed_row(batch)
+            return self.language.forward_segments(x_BLD, batch.segment_BL, batch.target_index_BM, keys[0])
         x_BLD, mask_BL = self.embed_inputs(batch, input_key)
         after = {"after": self.c.region_head is not None} if self.c.is_encoder_decoder else {}
         target_BMD = self.embed_target(batch, x_BLD.dtype)
@@ -285,7 +292,8 @@ class PatchRegionModule(RegionModule):
         """{"patches": CLIP's patches (B, P, D) of `feature_layer` without the class token}, or `batch.features`."""
         if batch.features is not None:
             return jax.tree.map(lambda leaf: leaf.astype(self.c.dtype), batch.features)
-        _, tap_TBPD, _ = self.vision(batch.image_BHWC.astype(self.c.dtype))
+        image = batch.image_BHWC
+        _, tap_TBPD, _ = self.vision(image.reshape(-1, *image.shape[-3:]).astype(self.c.dtype))
         return {"patches": tap_TBPD[0, :, 1:]}
 
     def embed_inputs(self, batch: Batch, key):
@@ -296,6 +304,13 @@ class PatchRegionModule(RegionModule):
         x_BLD = self.language.embed(jnp.where(is_image_BL, 0, batch.prompt_BL), image_BPD.dtype)
         x_BLD = region.scatter_embeddings(x_BLD, is_image_BL, image_BPD)
         return self.embed_boxes(x_BLD, batch.prompt_BL, batch), batch.prompt_mask_BL
+
+    def embed_row(self, batch: Batch):
+        is_image_BL = batch.prompt_BL == IMAGE_TOKEN
+        image_BPD = self.projector(self.encode_image(batch)["patches"])
+        image_BPD = image_BPD.reshape(len(batch.prompt_BL), -1, image_BPD.shape[-1])
+        x_BLD = self.language.embed(jnp.where(is_image_BL, 0, batch.prompt_BL), image_BPD.dtype)
+        return self.embed_boxes(region.scatter_embeddings(x_BLD, is_image_BL, image_BPD), batch.prompt_BL, batch)
 
     def split_keys(self, key):
         return None, key, None

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from lionjax.core.errors import check_ranges
 from lionjax.core.types import VLM, Array, Batch, Cache, Metrics, ModelInfo, Params
 from lionjax.core.weight_map import WeightMapping
-from lionjax.models.language.backend import LanguageBackend, is_encoder_decoder, language_model, token_loss
-from lionjax.models.language.decoder import SMOLLM2_135M, Decoder, DecoderConfig, append_to_cache
+from lionjax.models.language.backend import LanguageBackend, is_encoder_decoder, language_model, row_layout, token_loss
+from lionjax.models.language.decoder import SMOLLM2_135M, Decoder, DecoderConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vlm.visual_prefix_weights import language_weight_map
 from lionjax.nn import losses
+from lionjax.nn.kv_cache import append_to_cache
 from lionjax.nn.layers import split_key
 
 MAX_ANSWER_TOKENS = 128
@@ -56,6 +57,7 @@ class TextLM(VLM):
             image_size=1,  # of the blank image in its place
             reads_images=False,
             has_features=False,
+            row_layout=None if self.contrastive_margin else row_layout(c),
             default_processor=self._default_processor(),
         )
 
@@ -102,6 +104,9 @@ class TextLM(VLM):
 
     def _states(self, model: LanguageBackend, batch: Batch, key: Array | None) -> Array:
         """States (B, M, D) that predict each target token."""
+        if batch.segment_BL is not None:
+            row_BLD = model.embed(batch.prompt_BL, self.dtype)
+            return model.forward_segments(row_BLD, batch.segment_BL, batch.target_index_BM, split_key(key, 2)[0])[0]
         prompt_BLD, target_BMD = (model.embed(ids, self.dtype) for ids in (batch.prompt_BL, batch.target_BM))
         state_BMD, _ = model.forward(
             prompt_BLD, batch.prompt_mask_BL, target_BMD, batch.target_mask_BM, batch.task_B, split_key(key, 2)

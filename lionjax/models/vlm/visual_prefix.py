@@ -18,14 +18,15 @@ import jax.numpy as jnp
 from lionjax.core.errors import check_choices
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.sharding import with_logical_partitioning
-from lionjax.core.types import VLM, Batch, Cache, Metrics, ModelInfo, Params
+from lionjax.core.types import IMAGE_TOKEN, VLM, Batch, Cache, Metrics, ModelInfo, Params, RowLayout
 from lionjax.core.weight_map import WeightMapping
 from lionjax.models.connectors import mqformer, perceiver
 from lionjax.models.connectors.mqformer import MQ_FORMER, MQFormerConfig
 from lionjax.models.connectors.perceiver import AbstractorConfig, ImageToTextProjectionConfig
 from lionjax.models.connectors.qformer import QFormer, QFormerConfig
+from lionjax.models.heads.region import scatter_embeddings
 from lionjax.models.language import decoder
-from lionjax.models.language.backend import is_encoder_decoder, language_model, token_loss
+from lionjax.models.language.backend import is_encoder_decoder, language_model, row_layout, token_loss
 from lionjax.models.language.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig
 from lionjax.models.language.t5 import FLAN_T5_XL, T5Config
 from lionjax.models.vision.grounding_dino import GroundingDinoConfig
@@ -33,6 +34,7 @@ from lionjax.models.vision.ram import RamConfig
 from lionjax.models.vision.vit import CLIP_VIT_L, EVA_VIT_G, ViT, ViTConfig
 from lionjax.models.vlm import experts, visual_prefix_weights
 from lionjax.models.vlm.info import vlm_info
+from lionjax.models.vlm.splicing import splice
 from lionjax.nn.layers import MLP, Dense, LayerNorm, normal, split_key
 from lionjax.nn.lora import LoraConfig
 
@@ -135,10 +137,26 @@ class VisualPrefixLM(VLM):
             reads_question=self.qformer is not None and self.qformer.use_text_input,
             question_vocab_size=None if self.qformer is None else self.qformer.vocab_size,
             region_width=mqformer.region_width(self.qformer),
+            row_layout=self._row_layout(),
             experts=experts.expert_configs(self),
             default_processor=self._default_processor(),
             prompt_format=self._prompt_format(),
         )
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Number of the language model's image tokens of one image."""
+        connector, has_class_token = self.qformer or self.resampler, not self.vision.attention_pool
+        patches = (self.side // self.pool_stride) ** 2 + (self.keep_class_token and has_class_token)
+        return (self.num_prefix_tokens or getattr(connector, "num_query_tokens", patches)) + self.add_image_end_token
+
+    def _row_layout(self) -> RowLayout | None:
+        """None also where a Q-Former reads the question or regions of an example, which rows do not keep apart."""
+        if self.qformer is not None and (self.qformer.use_text_input or mqformer.region_width(self.qformer)):
+            return None
+        fields = {"image_token_id": self.image_token_id, "tokens_per_image": self.tokens_per_image}
+        always_prepends = self.image_token_id is None
+        return row_layout(self.language, prepends_images=self.prepend_image or always_prepends, **fields)
 
     def _default_processor(self) -> dict:
         """Fields of ProcessorConfig for released weights without a processor config."""
@@ -372,6 +390,13 @@ class VisualPrefixLMModule(nn.Module):
         image_mask_BP = jnp.ones(image_BPD.shape[:2], bool)
         return x_BLD, jnp.concatenate([image_mask_BP, mask_BL], axis=1)
 
+    def embed_row(self, batch: Batch, key):
+        """Image and text embeddings (B, L, D) of rows with several examples."""
+        image_BKPD, is_image_BL = self.embed_image(batch, key), batch.prompt_BL == IMAGE_TOKEN
+        text_BLD = self.language.embed(jnp.where(is_image_BL, 0, batch.prompt_BL), image_BKPD.dtype)
+        image_BPD = image_BKPD.reshape(len(text_BLD), -1, text_BLD.shape[-1])
+        return scatter_embeddings(text_BLD, is_image_BL, image_BPD)
+
     def __call__(self, batch: Batch, key):
         """Logits (B, M, V) in float32; position m predicts target token m."""
         return self.language.logits(self.states_before(batch, key))
@@ -382,6 +407,9 @@ class VisualPrefixLMModule(nn.Module):
     def states_before(self, batch: Batch, key):
         """States (B, M, D) that predict each target token."""
         keys = split_key(key, 3)
+        if batch.segment_BL is not None:
+            x_BLD = self.embed_row(batch, keys[0])
+            return self.language.forward_segments(x_BLD, batch.segment_BL, batch.target_index_BM, keys[1])[0]
         x_BLD, mask_BL = self.embed_inputs(batch, keys[0])
         target_BMD = self.language.embed(batch.target_BM, x_BLD.dtype)
         return self.language.forward(x_BLD, mask_BL, target_BMD, batch.target_mask_BM, batch.task_B, keys[1:])[0]
@@ -394,37 +422,3 @@ class VisualPrefixLMModule(nn.Module):
     def extend(self, token_B, cache: Cache):
         state_BD, cache = self.language.extend(self.language.embed_next(token_B, cache), cache)
         return self.language.logits(state_BD), cache
-
-
-def splice(text_BLD, mask_BL, is_image_BL, image_BKPD, prepend_image: bool):
-    """Text with the k-th image of each row in place of its k-th image token.
-
-    Returns embeddings (B, L + K P, D), right-padded, and their mask. `is_image_BL` marks the image tokens. A row
-    without one has its images prepended if `prepend_image`, else it has none. Image tokens beyond the number of images
-    are dropped.
-    """
-    rows, num_images, patches, width = image_BKPD.shape
-    prepend_B1 = ~is_image_BL.any(axis=1, keepdims=True) & prepend_image
-    is_image_BL = jnp.concatenate([prepend_B1, is_image_BL], axis=1)
-    valid_BL = jnp.concatenate([prepend_B1, mask_BL], axis=1)
-    text_BLD = jnp.pad(text_BLD, ((0, 0), (1, 0), (0, 0)))
-    image_index_BL = jnp.cumsum(is_image_BL, axis=1) - 1
-    span_BL = jnp.where(is_image_BL, patches * (image_index_BL < num_images), 1)
-    span_BL = span_BL.at[:, 0].set(num_images * patches) * valid_BL  # output positions that each input token takes
-    end_BL = jnp.cumsum(span_BL, axis=1)
-    position_S = jnp.arange(mask_BL.shape[1] + num_images * patches)
-    token_BS = jax.vmap(lambda end_L: jnp.searchsorted(end_L, position_S, side="right"))(end_BL)
-    token_BS = jnp.minimum(token_BS, end_BL.shape[1] - 1)
-
-    def of_token(x_BL):
-        return jnp.take_along_axis(x_BL, token_BS, axis=1)
-
-    patch_BS = of_token(image_index_BL) * patches + position_S - of_token(end_BL - span_BL)
-    patch_BS = jnp.clip(patch_BS, 0, num_images * patches - 1)
-    image_BPD = image_BKPD.reshape(rows, -1, width)
-    x_BSD = jnp.where(
-        of_token(is_image_BL)[..., None],
-        jnp.take_along_axis(image_BPD, patch_BS[..., None], axis=1),
-        jnp.take_along_axis(text_BLD, token_BS[..., None], axis=1),
-    )
-    return x_BSD, position_S < end_BL[:, -1:]

@@ -17,6 +17,7 @@ from lionjax.nn.attention import (
     dot_product_attention,
     key_padding_mask,
     segmented_attention,
+    segmented_causal_mask,
 )
 from lionjax.planner import hlo_analysis, topologies
 
@@ -104,6 +105,22 @@ def test_splash_attention_equals_the_formula_at_lengths_that_blocks_do_not_divid
         given,
         2e-4,
     )
+
+
+@pytest.mark.parametrize("kernel", ["formula", pytest.param("splash", marks=pytest.mark.slow)])
+def test_segments_attend_to_themselves_alone(kernel):
+    *given, _ = drawn(queries=140, keys=140, kv_heads=2)
+    segment_BL = jnp.asarray(np.sort(np.random.default_rng(2).integers(1, 4, (2, 140)), axis=1))
+    segment_BL = segment_BL.at[:, 130:].set(0)  # padding
+    is_same = np.asarray(segment_BL)[:, :, None] == np.asarray(segment_BL)[:, None]
+    mask = np.tril(np.ones((140, 140), bool))[None, None] & is_same[:, None]
+
+    def ours(*x):
+        if kernel == "formula":
+            return dot_product_attention(*x, segmented_causal_mask(segment_BL), None, SCALE)
+        return flash_attention.splash_attention(*x, segment_BL, True, SCALE, interpret=True, segmented=True)
+
+    assert_same(ours, lambda *x: written_out(*x, mask), given, 2e-4)
 
 
 @pytest.mark.slow

@@ -77,8 +77,9 @@ class ExampleFactory:
 class BatchIterator:
     """Endless iterator over the batches of one stage on one process; see `batches`."""
 
-    def __init__(self, factory: ExampleFactory, make_iterator: Callable[[int], Any], length_buckets: tuple[int, ...]):
-        self.dataset, self._factory, self._length_buckets = factory.dataset, factory, length_buckets
+    def __init__(self, factory: ExampleFactory, make_iterator: Callable[[int], Any], is_alone: bool = True):
+        self.dataset, self._factory, self._is_alone = factory.dataset, factory, is_alone
+        self._max_across_processes: Callable[..., list[int]] | None = None
         self._make_iterator, self._iterator = make_iterator, iter(make_iterator(0))
         self.num_rows = self.num_bad_records = self.num_cut_answers = 0
         self.earlier_rows = self.earlier_bad_records = 0.0  # seen by the run before this iterator was made
@@ -92,7 +93,16 @@ class BatchIterator:
         self._count_bad_records(rows.pop("bad"))
         self.load_seconds += float(rows.pop("seconds").sum())
         self._count_cut_answers(rows)
-        return self.dataset.processor.collate(rows, self._length_buckets)
+        buckets = self.dataset.data.length_buckets if self._is_alone or self._max_across_processes else ()
+        return self.dataset.processor.collate(rows, buckets, self._max_across_processes)
+
+    def choose_lengths_with(self, max_across_processes: Callable[..., list[int]]) -> None:
+        """With several processes, choose from `data.length_buckets` by the longest texts of all of them.
+
+        `max_across_processes` gives the largest of each number over the processes; without it, which no other process
+        can know the texts of, lengths are the processor's.
+        """
+        self._max_across_processes = max_across_processes
 
     def _count_bad_records(self, bad_B: np.ndarray) -> None:
         """Log and count the replaced records of a batch; UserError above `data.max_bad_fraction`."""
@@ -233,8 +243,7 @@ def batches(
             multiprocessing_options=_multiprocessing_options(data),
         )
 
-    # All processes must pad to the same length, and none of them knows the texts of the others.
-    return BatchIterator(factory, make_iterator, data.length_buckets if process_count == 1 else ())
+    return BatchIterator(factory, make_iterator, process_count == 1)
 
 
 @dataclass(frozen=True)

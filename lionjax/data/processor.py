@@ -7,7 +7,7 @@ Images are resized or padded to a square and normalized with CLIP's mean and dev
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -240,12 +240,22 @@ class Processor:
         sizes = (c.max_question_tokens, c.max_boxes)
         return encode_detection(self.prompt.question_tokenizer, caption, boxes, names, *sizes)
 
-    def collate(self, rows: dict[str, np.ndarray], length_buckets: Sequence[int] = ()) -> Batch:
-        """A `Batch` of stacked examples; text is cut to the shortest of `length_buckets` that fits, if given."""
-        text = {}
-        for name in ("prompt", "question", "target"):
+    def collate(
+        self,
+        rows: dict[str, np.ndarray],
+        length_buckets: Sequence[int] = (),
+        max_across_processes: Callable[..., list[int]] | None = None,
+    ) -> Batch:
+        """A `Batch` of stacked examples; text is cut to the shortest of `length_buckets` that fits, if given.
+
+        `max_across_processes`: the largest of each number over the processes that must have the same lengths.
+        """
+        text, names = {}, ("prompt", "question", "target")
+        needed = [int(rows[f"{name}_mask"].sum(1).max(initial=1)) for name in names]
+        if length_buckets and max_across_processes is not None:
+            needed = max_across_processes(*needed)
+        for name, longest in zip(names, needed):
             ids, mask = rows[name], rows[f"{name}_mask"]
-            longest = int(mask.sum(1).max(initial=1))
             length = min((b for b in length_buckets if b >= longest), default=ids.shape[1])
             text[name], text[f"{name}_mask"] = ids[:, :length], mask[:, :length]
         loss_mask_BM = rows.get("loss_mask", rows["target_mask"])[:, : text["target"].shape[1]]

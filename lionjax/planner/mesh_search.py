@@ -73,7 +73,7 @@ def candidate_meshes(stage: Stage, topology: Topology) -> list[MeshConfig]:
     Above 32 shards also with fsdp 16 and the others on the data axis. One pure FSDP mesh if none splits evenly.
     """
     slice_devices, slices = topology.devices // topology.slices, topology.slices
-    microbatch_size = stage.batch_size // stage.grad_accum_steps
+    microbatch_size = stage.num_rows // stage.grad_accum_steps
     meshes = []
     for tensor in (1, 2, 4, 8, 16):
         shards, remainder = divmod(slice_devices, tensor)

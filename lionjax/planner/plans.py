@@ -20,13 +20,13 @@ from lionjax.core import params as trees
 from lionjax.core import sharding
 from lionjax.core.experiment import Experiment, Stage
 from lionjax.core.sharding import MeshConfig
-from lionjax.core.types import Batch, PackedText, UserError
+from lionjax.core.types import VLM, Batch, PackedText, Params, UserError
 from lionjax.data.processor_config import ProcessorConfig
 from lionjax.data.scenes.tasks import MASK_TASKS
 from lionjax.inference.engine import BATCH_SIZE_BUCKETS
 from lionjax.inference.generate import generate
 from lionjax.inference.sampling import GenerationConfig
-from lionjax.planner import hlo_analysis, topologies
+from lionjax.planner import hlo_analysis, row_shapes, topologies
 from lionjax.planner.compile_cache import compile_and_analyze
 from lionjax.planner.topologies import GIB, Chip, Topology
 from lionjax.training import step as stages
@@ -208,6 +208,23 @@ def cast_specs(tree, dtype: str):
     return jax.tree.map(cast_leaf, tree)
 
 
+def train_batch(experiment: Experiment, stage: Stage, model: VLM, params: Params, mesh: Mesh) -> Batch:
+    """ShapeDtypeStructs of a stage's batches, with cached features if they are kept, in rows of several examples."""
+    if stage.examples_per_row == 1:
+        batch = abstract_batch(dummy_batch(experiment, stage), stage.batch_size, mesh)
+        if not experiment.run.cache_features:
+            return batch
+        features = abstract_batch(jax.eval_shape(model.extract_features, params, batch), stage.batch_size, mesh)
+        return dataclasses.replace(batch, features=features, image_BHWC=None, sam_image_BHWC=None)
+    batch = dummy_batch(experiment, stage, stage.examples_per_row)
+    if experiment.run.cache_features:
+        shapes = jax.eval_shape(model.extract_features, params, batch)
+        features = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        batch = dataclasses.replace(batch, features=features, image_BHWC=None, sam_image_BHWC=None)
+    row = row_shapes.packed_row(batch, model.info.row_layout, stage, experiment.data.length_buckets)
+    return abstract_batch(row, stage.num_rows, mesh)
+
+
 def train_step_target(experiment: Experiment, stage_index: int, specs: ParamSpecs) -> CompileTarget:
     """The train step of a stage, as `training.loop` compiles it."""
     stage, mesh, run = experiment.stages[stage_index], specs.mesh, experiment.run
@@ -217,12 +234,7 @@ def train_step_target(experiment: Experiment, stage_index: int, specs: ParamSpec
     step = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     state = stages.TrainState(step, trainable, abstract_opt_state(tx, trainable, mesh))
     model = stages.model_for_stage(experiment, stage)
-    batch = abstract_batch(dummy_batch(experiment, stage), stage.batch_size, mesh)
-    if run.cache_features:
-        features = jax.eval_shape(model.extract_features, trees.merge(trainable, frozen), batch)
-        batch = dataclasses.replace(
-            batch, features=abstract_batch(features, stage.batch_size, mesh), image_BHWC=None, sam_image_BHWC=None
-        )
+    batch = train_batch(experiment, stage, model, trees.merge(trainable, frozen), mesh)
     train_step = stages.make_train_step(model, stage, tx, jax.random.key(0), state, mesh, [])
     return CompileTarget(train_step, (state, frozen, batch), trees.count_params(trainable), trees.count_params(frozen))
 
@@ -260,7 +272,7 @@ def fit_mesh(experiment: Experiment, stage: Stage, topology: Topology) -> tuple[
     """
     config_mesh = dataclasses.replace(experiment.mesh, slices=topology.slices)
     slices, data, fsdp, _ = config_mesh.shape(topology.devices)
-    batch_size = stage.batch_size // stage.grad_accum_steps
+    batch_size = stage.num_rows // stage.grad_accum_steps
     if batch_size % (slices * data * fsdp) == 0:
         return config_mesh, ""
     devices = topology.devices // slices
@@ -324,7 +336,7 @@ def plan(
     options = dict(compiler_options or {}) | (QUICK_COMPILER_OPTIONS if quick else {})
     analysis = compile_and_analyze(traced.lower(), str(topology), slice_devices, options)
     chip = topology.chip
-    shards = _num_batch_shards(batch_size // (1 if generation else stage.grad_accum_steps), device_mesh)
+    shards = _num_batch_shards(batch_size if generation else stage.num_rows // stage.grad_accum_steps, device_mesh)
     seconds, exposed = {}, 0.0
     if analysis["fits"]:
         seconds = roofline_seconds(chip, flops / (shards * device_mesh.shape["tensor"]), analysis)

@@ -62,7 +62,7 @@ def handle_bad_step(
     messages. Returns for "skip". Raises Rewind for "rewind". Raises UserError, after saving the batch to `workdir`,
     for "stop" or when the stage already had `run.max_bad_steps` bad steps.
     """
-    records = [f"{record} ({record_name(record)})" for record in sorted(set(update.batch.record_B.tolist()))]
+    records = [f"{record} ({record_name(record)})" for record in sorted(set(np.ravel(update.batch.record_B).tolist()))]
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     spike = " (a spike)" if finite else ""
     message = (

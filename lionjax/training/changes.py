@@ -39,7 +39,7 @@ MUTABLE_FIELDS = (
     r"data\.sources\.\d+",
     # From the resumed update on, in a stage that is not finished.
     SCHEDULE_FIELDS,
-    r"stages\.\d+\.(batch_size|grad_accum_steps)",
+    r"stages\.\d+\.(batch_size|grad_accum_steps|examples_per_row)",
 )
 TOKENIZER_FIELDS = r"data\.processor\.(tokenizer|question_tokenizer)"
 # Why all other fields may not differ: the first pattern that matches.

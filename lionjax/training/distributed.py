@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
+import json
 import logging
 import os
 import re
@@ -200,6 +202,32 @@ def sum_across_processes(*numbers: float) -> list[float]:
     bits = np.asarray(numbers, np.float64).view(np.uint32)
     values = np.ascontiguousarray(multihost_utils.process_allgather(bits)).view(np.float64)
     return values.sum(0).tolist()
+
+
+_exchanges = itertools.count()  # number of calls of `max_across_processes`, the same in all processes
+
+
+def max_across_processes(*numbers: int) -> list[int]:
+    """The largest of each number over the processes, which must all call this.
+
+    It goes through the coordinator and uses no device, so that it need not wait for the update that is running.
+    """
+    if jax.process_count() == 1:
+        return list(numbers)
+    from jax._src import distributed
+
+    client, name, number = distributed.global_state.client, "lionjax/max", next(_exchanges)
+    wait_ms = 24 * 3600 * 1000  # a lost process ends this one by its missing heartbeat
+    if jax.process_index():
+        client.key_value_set(f"{name}/{number}/{jax.process_index()}", json.dumps(numbers))
+        return json.loads(client.blocking_key_value_get(f"{name}/{number}/all", wait_ms))
+    others = range(1, jax.process_count())
+    given = [json.loads(client.blocking_key_value_get(f"{name}/{number}/{k}", wait_ms)) for k in others]
+    largest = [max(values) for values in zip(numbers, *given)]
+    client.key_value_set(f"{name}/{number}/all", json.dumps(largest))
+    if number:  # all others have read the previous answer, as they have asked again
+        client.key_value_delete(f"{name}/{number - 1}/")
+    return largest
 
 
 class PreemptionHandler:

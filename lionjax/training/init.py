@@ -17,7 +17,7 @@ from lionjax.core import params as trees
 from lionjax.core.experiment import Experiment
 from lionjax.core.types import Batch, Params, UserError
 from lionjax.training import distributed, step
-from lionjax.training.validate import check_prompt_format, check_token_ids
+from lionjax.training.validate import check_example_rows, check_prompt_format, check_token_ids
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def make_param_specs(experiment: Experiment, example: Batch, mesh: Mesh) -> Para
     key = jax.random.key(experiment.seed)
     check_token_ids(experiment, example)
     check_prompt_format(experiment)
+    check_example_rows(experiment)
     boxed = jax.eval_shape(experiment.model.init, key, example)
     params = sharding.unbox_specs(boxed, mesh)
     step.validate_stages(experiment.stages, params)

@@ -24,7 +24,8 @@ from lionjax.core import params as trees
 from lionjax.core import sharding
 from lionjax.core.errors import RetryError
 from lionjax.core.experiment import Experiment, Stage
-from lionjax.core.types import Batch, Params, UserError
+from lionjax.core.types import Batch, Params, RowLayout
+from lionjax.data import example_rows
 from lionjax.data.config import DataConfig
 from lionjax.data.regions_digest import with_regions_digest
 from lionjax.training import (
@@ -34,8 +35,8 @@ from lionjax.training import (
     compiled_programs,
     distributed,
     feature_cache,
-    feature_store,
     resume,
+    streams,
 )
 from lionjax.training import step as stages
 from lionjax.training.companions import save_companions
@@ -50,7 +51,6 @@ from lionjax.training.run_folder import (
     updates_before,
 )
 from lionjax.training.run_log import PhaseTimer, RunLogger, StageStats, downtime, write_report
-from lionjax.training.stream_counters import StreamCounters
 from lionjax.training.trackers import Picture
 from lionjax.training.validate import check_boxes
 
@@ -113,7 +113,7 @@ def train(
         check_or_write_config(workdir, experiment)
         arrays = bucket_folder.arrays_folder(workdir)
         mesh = sharding.make_mesh(experiment.mesh)
-        example = _open_all_stages(experiment, make_batches, workdir, mesh)
+        example = streams.open_all_stages(experiment, make_batches, workdir, mesh)
         check_boxes(experiment.model, example)
         specs = make_param_specs(experiment, example, mesh)
         if distributed.is_main_process():
@@ -137,22 +137,6 @@ def train(
                 unattributed = timer.seconds
         report = write_report(workdir, experiment, position.history, unattributed)
         return trees.merge(position.frozen_params, position.trainable_params), report
-
-
-def _open_batches(experiment: Experiment, stage: Stage, make_batches: Callable, workdir: Path, mesh: Mesh):
-    data = experiment.data
-    if getattr(data, "bad_records_path", None) == "":  # by default the run folder holds the list
-        data = dataclasses.replace(data, bad_records_path=str(bucket_folder.own_file(workdir, "bad_records.jsonl")))
-    return make_batches(data, stage, experiment.seed, stage.batch_size, *sharding.process_shard(mesh))
-
-
-def _open_all_stages(experiment: Experiment, make_batches: Callable, workdir: Path, mesh: Mesh) -> Batch:
-    """The first batch of the first stage. The data of all stages are opened, so that none fails after hours."""
-    example = None
-    for stage in experiment.stages:
-        with contextlib.closing(_open_batches(experiment, stage, make_batches, workdir, mesh)) as stream:
-            example = next(stream) if example is None else example
-    return example
 
 
 def run_stage(run: RunContext, position: Position) -> Position:
@@ -223,7 +207,7 @@ def rewind(
 class StageRun:
     """Everything needed to train a stage. The first step donates (invalidates) `state`.
 
-    `traces` grows by one item with each compilation of `step`.
+    `traces` grows by one item with each compilation of `step`. `row_layout`: of the stage's model.
     """
 
     position: Position
@@ -233,6 +217,7 @@ class StageRun:
     step: Callable
     stream: Any
     traces: list
+    row_layout: RowLayout | None = None
 
 
 def prepare_stage(
@@ -250,7 +235,7 @@ def prepare_stage(
     key = jax.random.fold_in(jax.random.key(experiment.seed), position.stage + 1)
     step = previous.step if previous else None
     step = step or stages.make_train_step(model, stage, tx, key, state, mesh, traces)
-    stream = _open_batches(experiment, stage, run.make_batches, run.workdir, mesh)
+    stream = streams.open_batches(experiment, stage, run.make_batches, run.workdir, mesh)
     if position.data_position is not None:
         stream.restore(position.data_position)
     if count_earlier := getattr(stream, "count_earlier", None):
@@ -259,28 +244,9 @@ def prepare_stage(
             *(sum(part[name] for part in position.history) / num_shards for name in ("images", "bad_records"))
         )
     if experiment.run.cache_features or experiment.run.feature_cache_dir:
-        stream = with_feature_cache(run, position, model, stream)
-    return StageRun(position, stage, state, frozen, step, stream, traces)
-
-
-def with_feature_cache(run: RunContext, position: Position, model: Any, stream: Any) -> feature_cache.CachedBatches:
-    """The stream with cached features: in memory, and in files if `run.feature_cache_dir` is set.
-
-    Raises UserError if the data augment images at random, because features are then not constant.
-    """
-    if stream.random_augmentation:
-        raise UserError(
-            "run.cache_features is set, but the data augment images at random; set run.cache_features to false, or "
-            "data.crop_scale to 1,1 and data.hflip to false"
-        )
-    feature_fn = feature_cache.make_feature_fn(model, position.frozen_params, position.trainable_params, run.mesh)
-    folder = run.experiment.run.feature_cache_dir
-
-    def open_store(batch: Batch) -> feature_store.FeatureStore:
-        spec = feature_store.make_feature_spec(model, position.frozen_params, position.trainable_params, batch)
-        return feature_store.FeatureStore(Path(folder), spec)
-
-    return feature_cache.CachedBatches(stream, feature_fn, run.cache, open_store if folder else None)
+        stream = streams.with_feature_cache(run, position, model, stream)
+    stream = streams.with_example_rows(experiment, stage, model, stream)
+    return StageRun(position, stage, state, frozen, step, stream, traces, model.info.row_layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +272,7 @@ def train_steps(run: RunContext, stage_run: StageRun, stats: StageStats) -> stag
     in_flight: collections.deque = collections.deque()
     done = saved = stage_run.position.step
     is_last_stage = stage is run.experiment.stages[-1]
-    counters = StreamCounters()
+    counters = streams.StreamCounters()
     while done < stage.steps and not run.stop.should_stop():
         run.watchdog.beat(compiled=bool(stage_run.traces))
         timer.switch("data")
@@ -384,8 +350,10 @@ def drain(
             bad_steps.handle_bad_step(run.workdir, config, stats, update, record_name, loss, norm)
             continue
         batch, num_shards = update.batch, sharding.process_shard(run.mesh)[1]
-        tokens = int(np.sum(batch.prompt_mask_BL) + np.sum(batch.target_mask_BM))
-        stats.add_update(loss, len(batch.record_B) * num_shards, tokens * num_shards)
+        tokens = streams.count_text_tokens(batch, stage_run.row_layout)
+        stats.add_update(loss, np.size(batch.record_B) * num_shards, tokens * num_shards)
+        used, positions = example_rows.count_row_tokens(batch, stage_run.row_layout)
+        stats.add_row_tokens(used * num_shards, positions * num_shards)
 
 
 def metrics_line(run: RunContext, stage_run: StageRun, stats: StageStats, step: int, metrics: dict) -> dict[str, Any]:
@@ -393,14 +361,16 @@ def metrics_line(run: RunContext, stage_run: StageRun, stats: StageStats, step: 
 
     A bad step's record has no loss, gradient norm or model metrics.
     """
-    last = stats.logged or {"seconds": {}, "images": 0, "tokens": 0}
+    last = {"images": 0, "tokens": 0, "row_tokens": 0, "row_positions": 0, "seconds": {}} | stats.logged
     seconds = {part: value - last["seconds"].get(part, 0.0) for part, value in stats.seconds.items()}
     busy = max(seconds.get("step", 0.0) + seconds.get("data", 0.0), 1e-9)
     values = jax.device_get(metrics)
     accepted = values.pop("accepted")
     counts = {name: getattr(stats, name) for name in ("skipped", "rewinds", "bad_records", "cut_answers")}
     images, tokens = stats.images - last["images"], stats.tokens - last["tokens"]
-    stats.logged = {"seconds": dict(stats.seconds), "images": stats.images, "tokens": stats.tokens}
+    used, positions = stats.row_tokens - last["row_tokens"], stats.row_positions - last["row_positions"]
+    logged = ("images", "tokens", "row_tokens", "row_positions")
+    stats.logged = {"seconds": dict(stats.seconds)} | {name: getattr(stats, name) for name in logged}
     return {
         "stage": stats.name,
         "step": step,
@@ -410,6 +380,7 @@ def metrics_line(run: RunContext, stage_run: StageRun, stats: StageStats, step: 
         **{name: count for name, count in counts.items() if count},
         "images_per_second": images / busy,
         "tokens_per_second": tokens / busy,
+        **({"padding": 1 - used / positions} if positions else {}),
         "seconds": {part: round(value, 6) for part, value in seconds.items() if value},
     }
 

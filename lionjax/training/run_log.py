@@ -48,7 +48,7 @@ class StageStats:
     `seconds`: by phase of `PhaseTimer`. `behind`: seconds of background work: loading batches ("data", summed over
     threads) and saving checkpoints ("save"). `first`, `last`: the first and last REPORTED_LOSSES losses; `recent`: the
     last RECENT_LOSSES, None for a bad step. `logged`: counters at the last metrics record. `clock`: time.time() when
-    saved.
+    saved. `row_tokens`, `row_positions`: tokens of the language model's rows, and those with padding.
     """
 
     name: str
@@ -69,6 +69,8 @@ class StageStats:
     cut_answers: int = 0
     logged: dict[str, Any] = dataclasses.field(default_factory=dict)
     clock: float = 0.0
+    row_tokens: int = 0
+    row_positions: int = 0
 
     def add_update(self, loss: float, images: int, tokens: int) -> None:
         """Count one accepted update."""
@@ -76,6 +78,10 @@ class StageStats:
         self.first = (self.first + [loss])[:REPORTED_LOSSES]
         self.last = (self.last + [loss])[-REPORTED_LOSSES:]
         self.recent = (self.recent + [loss])[-RECENT_LOSSES:]
+
+    def add_row_tokens(self, tokens: int, positions: int) -> None:
+        """Count the tokens of the rows of an accepted update, and the positions of these rows."""
+        self.row_tokens, self.row_positions = self.row_tokens + tokens, self.row_positions + positions
 
     def add_skipped_update(self) -> None:
         """Count one bad step that was skipped."""
@@ -100,6 +106,7 @@ class StageStats:
             "rewinds": self.rewinds,
             "bad_records": self.bad_records,
             "cut_answers": self.cut_answers,
+            "padding": round(1 - self.row_tokens / self.row_positions, 4) if self.row_positions else None,
             "loss_first": sum(self.first) / len(self.first) if self.first else None,
             "loss_last": self.recent_mean_loss if self.last else None,
             "trainable_parameters": self.trainable_parameters,

@@ -7,6 +7,7 @@ import numpy as np
 
 from lionjax.core.experiment import Experiment
 from lionjax.core.types import Batch, UserError
+from lionjax.training.step import model_for_stage
 
 
 def check_boxes(model, batch: Batch) -> None:
@@ -57,3 +58,14 @@ def check_prompt_format(experiment: Experiment) -> None:
             "processor.prompt_template has {image}, but this model has no image token and puts images before the text; "
             "remove {image} from the template, or set model.image_token_id"
         )
+
+
+def check_example_rows(experiment: Experiment) -> None:
+    """Raises UserError for a stage with several examples in a row whose model reads one."""
+    for stage in experiment.stages:
+        if stage.examples_per_row > 1 and model_for_stage(experiment, stage).info.row_layout is None:
+            raise UserError(
+                f"stage {stage.name!r}: examples_per_row is {stage.examples_per_row}, but this model learns from one "
+                "example in a row: several need a decoder-only language model without adapters, and no Q-Former that "
+                "reads the question, no regions and no masks; set examples_per_row to 1"
+            )

@@ -174,6 +174,26 @@ def test_two_processes_give_the_losses_and_answers_of_one_on_scenes_in_files(tmp
     assert list((tmp_path / "features").glob("*/*.array_record"))
 
 
+def test_two_processes_with_two_examples_a_row_give_the_losses_of_one_with_one(tmp_path):
+    from lionjax.data.prepare import array_record_writer
+    from lionjax.data.scenes.dataset import Scenes
+
+    folder = array_record_writer.build(Scenes((12, 4, 12), image_size=56), tmp_path / "scenes")
+    words = ("-m", "lionjax.cli", "train", str(HELPERS / "processes_pipeline.py"), "--workdir")
+    found = {}
+    for count, examples_per_row in ((1, 1), (1, 2), (2, 2)):
+        workdir = tmp_path / f"{count}{examples_per_row}"
+        ends(
+            command(
+                workdir, count, words, "--stages.0.examples_per_row", str(examples_per_row), SMALL_SCENES=str(folder)
+            )
+        )
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+        found[count, examples_per_row] = [line["loss"] for line in lines]
+    np.testing.assert_allclose(found[1, 2], found[1, 1], rtol=1e-4)
+    np.testing.assert_allclose(found[2, 2], found[1, 1], rtol=1e-4)
+
+
 def test_sigterm_to_one_process_stops_all_at_one_step_and_any_number_can_resume(tmp_path, alone):
     for count, whom, update in ((2, 1, 3), (4, 0, STEPS + 2)):
         processes = begin(tmp_path, count, "save_every=1000", "pause=0.3")  # a second passes until all have heard

@@ -18,6 +18,7 @@ from lionjax.core.sharding import MeshConfig
 from lionjax.core.types import Batch, PackedText
 from lionjax.data import pipeline
 from lionjax.data.config import DataConfig
+from lionjax.data.example_rows import RowBatches
 from lionjax.models.connectors.mqformer import MQFormerConfig
 from lionjax.models.connectors.perceiver import AbstractorConfig, ImageToTextProjectionConfig, ResamplerConfig
 from lionjax.models.connectors.qformer import QFormerConfig
@@ -105,10 +106,17 @@ def places(name: str) -> Experiment:
     return small_places.experiment(system, processor, trainable)
 
 
+def two_a_row(what: Experiment) -> Experiment:
+    """The experiment with two examples in each of eight rows of its first stage."""
+    first = dataclasses.replace(what.stages[0], batch_size=16, examples_per_row=2)
+    return dataclasses.replace(what, stages=(first, *what.stages[1:]))
+
+
 # {name: (experiment, stage)}
 SYSTEMS = {
     "lion": (small_lion.experiment(), 2),
     "llava": (scenes(LLAVA, ("projector", "language")), 0),
+    "llava, two examples a row": (two_a_row(scenes(LLAVA, ("projector", "language"))), 0),
     "blip2": (scenes(BLIP2, ("qformer", "projector")), 0),
     "instructblip": (scenes(INSTRUCTBLIP, ("qformer", "projector")), 0),
     "mplug_owl": (scenes(MPLUG_OWL, ("vision", "latents", "projector", "last_word")), 0),
@@ -119,6 +127,7 @@ SYSTEMS = {
     "lyrics": (scenes(LYRICS, ("qformer", "projector")), 0),
     "flamingo": (scenes(FLAMINGO, ("resampler", "language/groups/cross")), 0),
     "nextchat, words and boxes": (places("nextchat"), 0),
+    "nextchat, two examples a row": (two_a_row(places("nextchat")), 0),
     "nextchat, masks": (places("nextchat"), 1),
     "flagship, words and boxes": (places("flagship"), 0),
     "flagship, masks": (places("flagship"), 1),
@@ -152,8 +161,11 @@ def mesh_of(name: str):
 @functools.cache
 def first_batch(what: Experiment, number: int):
     plain = dataclasses.replace(what.data.processor, region_width=0, packing=None)
-    stream = pipeline.batches(dataclasses.replace(what.data, processor=plain), what.stages[number], 0, 8, 0, 1)
-    batch = next(stream)
+    stage = what.stages[number]
+    size = 8 * stage.examples_per_row
+    stream = pipeline.batches(dataclasses.replace(what.data, processor=plain), stage, 0, size, 0, 1)
+    layout = stages.model_for_stage(what, stage).info.row_layout
+    batch = next(stream if stage.examples_per_row == 1 else RowBatches(stream, layout, stage.examples_per_row))
     stream.close()
     return with_random_regions(batch) if what.model.info.region_width else batch
 

@@ -27,12 +27,14 @@ from lionjax.core.sharding import MeshConfig
 from lionjax.core.types import VLM, UserError
 from lionjax.data import pipeline
 from lionjax.data.config import DataConfig
+from lionjax.data.example_rows import RowBatches
 from lionjax.data.processor import ProcessorConfig
 from lionjax.models.language.decoder import Decoder, DecoderConfig
 from lionjax.nn import losses
 from lionjax.nn.adapters import AdapterConfig
 from lionjax.planner import compile_cache as scaling_compiled
 from lionjax.planner import hlo_analysis, libtpu, mesh_search, topologies, worker
+from lionjax.planner.plans import train_batch
 from lionjax.training.init import make_param_specs as init_layout
 
 compiles = pytest.mark.skipif(not topologies.has_libtpu(), reason="libtpu, of the extra tpu, is not installed")
@@ -135,6 +137,33 @@ def test_a_plan_is_made_for_batches_as_the_pipeline_makes_them(name):
         batch = next(stream)
         stream.close()
         assert shapes(planner.dummy_batch(what, stage, stage.batch_size)) == shapes(batch)
+
+
+@pytest.mark.parametrize("caches", [False, True])
+def test_a_plan_of_rows_with_several_examples_has_the_arrays_of_the_pipelines_rows(caches):
+    what = small_places.experiment(*small_places.SYSTEMS["nextchat"])
+    stage = dataclasses.replace(what.stages[0], batch_size=8, examples_per_row=2, mixture=(("caption", 1.0),))
+    data, run = (
+        dataclasses.replace(what.data, length_buckets=(300,)),
+        dataclasses.replace(what.run, cache_features=caches),
+    )
+    what = dataclasses.replace(what, data=data, run=run, stages=(stage,))
+    params = sharding.abstract_params(what.model.init, jax.random.key(0), planner.dummy_batch(what))
+    planned = train_batch(what, stage, what.model, params, sharding.make_mesh(devices=jax.devices()[:1]))
+    stream = pipeline.batches(what.data, stage, 0, stage.batch_size, 0, 1)
+    rows = next(RowBatches(stream, what.model.info.row_layout, 2, data.length_buckets))
+    stream.close()
+    changed = ("image_BHWC", "features") if caches else ()
+    lengths = ("target_BM", "target_mask_BM", "loss_mask_BM", "target_index_BM")
+    for field in dataclasses.fields(rows):
+        one, other = getattr(planned, field.name), getattr(rows, field.name)
+        if field.name in lengths:
+            assert one.shape[0] == other.shape[0] == 4 and other.shape[1] <= 300 >= one.shape[1]
+        elif field.name not in changed:
+            assert shapes(one) == shapes(other), field.name
+    if caches:
+        assert planned.image_BHWC is None
+        assert planned.features["patches"].shape[:2] == (4, 2)
 
 
 def test_a_batch_size_that_the_mesh_does_not_divide_gets_the_nearest_mesh_that_divides_it():

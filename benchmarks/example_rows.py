@@ -272,7 +272,7 @@ def main(run: Run) -> None:
             print(
                 "\n| train step of the tiny LLaVA | ms of processor time an example | tokens/s | |\n|---|---|---|---|"
             )
-            print("\n".join(measure_step(run, list(examples_of(data, talks, run.step_batch, 4)))))
+            print("\n".join(measure_step(run, list(examples_of(data, talks, run.step_batch, 2)))))
 
 
 if __name__ == "__main__":

@@ -33,8 +33,11 @@ class PackingConfig:
 
     `max_box_tokens`, `max_caption_tokens`: ids kept of the boxes and of the caption; `length`: ids of a row, the rest
     is cut. `mask_probability`: of each maskable element of a box. `msp_compat`: the closing bracket can be masked and
-    y1 cannot, as in the release. `caption_end`: `[SEP]` closes the caption, so that its end is learned. Raises
-    UserError for numbers out of range.
+    y1 cannot, as in the release. `caption_end`: `[SEP]` closes the caption, so that its end is learned.
+
+    The release has neither of these: `tag_mask_probability`: of a tag, in place of `mask_probability`; None: the same.
+    `hide_caption_probability`: of masking the whole caption beside the masked boxes, without asking for it, so that
+    tags are not copied from there. Raises UserError for numbers out of range.
     """
 
     max_box_tokens: int = 511
@@ -43,10 +46,20 @@ class PackingConfig:
     mask_probability: float = 0.15
     msp_compat: bool = False
     caption_end: bool = False
+    tag_mask_probability: float | None = None
+    hide_caption_probability: float = 0.0
 
     def __post_init__(self):
         counts = dict.fromkeys(("max_box_tokens", "max_caption_tokens"), ">= 0")
-        check_ranges(self, "packing.", **counts, length=">= 1", mask_probability=">= 0 and <= 1")
+        names = ("mask_probability", "tag_mask_probability", "hide_caption_probability")
+        shares = dict.fromkeys(names, ">= 0 and <= 1")
+        check_ranges(self, "packing.", **counts, length=">= 1", **shares)
+
+    @property
+    def element_probabilities(self) -> tuple[float, ...]:
+        """Of masking each maskable element of a box, the tag first."""
+        tag = self.mask_probability if self.tag_mask_probability is None else self.tag_mask_probability
+        return (tag, *[self.mask_probability] * (len(MASKABLE) - 1))
 
 
 @dataclass(frozen=True)
@@ -98,18 +111,19 @@ def pack_text(
     """One row of `PackedText`, by the names of its fields without axes; int32 of shape (`config.length`,).
 
     `tags` and `boxes`: of the kept boxes, in order. `draws`: a number in 0..1 for each maskable element in order (an
-    element is masked if its draw is at most `mask_probability`), or the generator that draws them. Boxes, caption and
-    row are cut at the lengths of `config`. Positions count boxes and caption from 1 each. Raises UserError for another
-    number of draws.
+    element is masked if its draw is at most its probability), or the generator that draws them; only a generator hides
+    captions. Boxes, caption and row are cut at the lengths of `config`. Positions count boxes and caption from 1 each.
+    Raises UserError for another number of draws.
     """
     c, special = config, PackingTokens.of(tokenizer)
     maskable = MASKABLE_AS_RELEASED if c.msp_compat else MASKABLE
-    num_draws = len(maskable) * len(boxes)
+    num_draws, hides_caption = len(maskable) * len(boxes), False
     if isinstance(draws, np.random.Generator):
-        draws = draws.random(num_draws)
+        rng, draws = draws, draws.random(num_draws)
+        hides_caption = c.hide_caption_probability > 0 and rng.random() < c.hide_caption_probability
     if len(draws) != num_draws:
         raise UserError(f"{len(draws)} draws were given for {num_draws} maskable elements; give one for each")
-    is_masked = iter(np.asarray(draws) <= c.mask_probability)
+    is_masked = iter(np.asarray(draws) <= np.tile(c.element_probabilities, len(boxes)))
     box_ids, masked_ids, box_labels = [], [], []
     for tag, box in zip(tags, boxes, strict=True):
         for k, text in enumerate((tag, "[", *map(coordinate_text, box), "]")):
@@ -121,9 +135,10 @@ def pack_text(
         box_ids, masked_ids, box_labels = [*box_ids, special.sep], [*masked_ids, special.sep], [*box_labels, NO_LABEL]
     box_ids, masked_ids, box_labels = (ids[: c.max_box_tokens] for ids in (box_ids, masked_ids, box_labels))
     caption_ids = tokenizer.encode(caption)[: c.max_caption_tokens] + [special.sep] * c.caption_end
+    shown_ids = [special.mask] * len(caption_ids) if hides_caption else caption_ids
     rows = {
         "ids": ([special.cls, *box_ids, *caption_ids], special.pad),
-        "masked_ids": ([special.cls, *masked_ids, *caption_ids], special.pad),
+        "masked_ids": ([special.cls, *masked_ids, *shown_ids], special.pad),
         "position": ([0, *range(1, len(box_ids) + 1), *range(1, len(caption_ids) + 1)], 0),
         "mask": ([1] * (1 + len(box_ids) + len(caption_ids)), 0),
         "icg_label": ([special.start, *[NO_LABEL] * len(box_ids), *caption_ids], NO_LABEL),

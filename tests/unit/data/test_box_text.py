@@ -103,6 +103,37 @@ def test_a_generator_masks_the_share_that_the_config_names():
     assert 0.08 < hidden / whole < 0.23
 
 
+def test_tags_can_be_masked_more_often_than_coordinates():
+    tokens, draws = tokenizer.load("tiny"), np.full(5, 0.5)
+    rows = [
+        pack_text(tokens, "a dog", *DOG, draws, PackingConfig(mask_probability=0.1, tag_mask_probability=share))
+        for share in (None, 0.4, 0.6)
+    ]
+    labels = [row["msp_label"][row["msp_label"] >= 0].tolist() for row in rows]
+    assert labels == [[], [], tokens.encode("dog")]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_caption_is_hidden_from_the_masked_text_alone(share):
+    tokens = tokenizer.load("tiny")
+    special, length = PackingTokens.of(tokens), len(tokens.encode("two red dogs"))
+    shown, hidden = PackingConfig(mask_probability=1.0), PackingConfig(hide_caption_probability=share)
+    hidden = dataclasses.replace(hidden, mask_probability=1.0)
+    packed = [
+        [pack_text(tokens, "two red dogs", *DOG, np.random.default_rng(seed), c) for c in (shown, hidden)]
+        for seed in range(40)
+    ]
+    count = 0
+    for theirs, row in packed:
+        assert all(np.array_equal(theirs[name], row[name]) for name in theirs if name != "masked_ids")
+        end = row["mask"].sum()
+        np.testing.assert_array_equal(theirs["masked_ids"][: end - length], row["masked_ids"][: end - length])
+        caption = row["masked_ids"][end - length : end]
+        count += (caption == special.mask).all()
+        assert (caption == special.mask).all() or np.array_equal(caption, row["ids"][end - length : end])
+    assert count == 40 * share if share in (0, 1) else 10 < count < 30
+
+
 def test_a_caption_can_be_closed_so_that_its_end_is_learned():
     tokens = tokenizer.load("tiny")
     special = PackingTokens.of(tokens)
@@ -122,6 +153,10 @@ def test_wrong_draws_and_foreign_tokenizers_are_refused_in_a_sentence():
         pack_text(tokenizer.load("tiny"), "", *DOG, np.ones(3))
     with pytest.raises(UserError, match="packing.mask_probability"):
         PackingConfig(mask_probability=1.5)
+    with pytest.raises(UserError, match="packing.tag_mask_probability is 2; give a finite number >= 0 and <= 1"):
+        PackingConfig(tag_mask_probability=2)
+    with pytest.raises(UserError, match="packing.hide_caption_probability is -0.1"):
+        PackingConfig(hide_caption_probability=-0.1)
     words = {"[PAD]": 0, "[SEP]": 1, "[UNK]": 2}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
     with pytest.raises(UserError, match=r"the question tokenizer has no token \[CLS\]; give 'tiny' or a folder"):

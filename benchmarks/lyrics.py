@@ -11,7 +11,8 @@ Variants: "refined", "shuffled" (every image has the regions and boxes of anothe
 Columns: image-text retrieval (R@1 in batches of 32, both directions); accuracy on masked tags, in parentheses with the
 regions of other images, with their pixels too, and that of the most frequent tag; VQA, caption CIDEr and REC, in
 parentheses those of the same model without image and regions. REC of the detector's best box for the expression stands
-below. The refined variant of each seed must meet `MARGINS`; else the exit code is 1. Finished rows are reused.
+below. The refined variant of each seed must meet `MARGINS`; else the exit code is 1. Finished rows are reused, so that
+rows can be made one by one (`--seeds 1 --variants none`) and shown together by a last command that names them all.
 """
 
 from __future__ import annotations
@@ -140,7 +141,9 @@ def caption_batches(experiment: Experiment, number: int, captions: bool) -> Iter
     The tag of the strongest box is masked. Without `captions`, the texts have no caption, which would name it.
     """
     processor, rng, rows = Processor(experiment.data.processor), np.random.default_rng(0), []
-    tokens, packing = processor.prompt.question_tokenizer, processor.config.packing
+    tokens = processor.prompt.question_tokenizer
+    asked = {"mask_probability": 0.5, "tag_mask_probability": None}
+    packing = dataclasses.replace(processor.config.packing, **asked)
     for sample in pipeline.examples(experiment.data, "caption", "heldout"):
         (found,) = sample.load_regions()
         if found.names or captions:
@@ -302,7 +305,10 @@ def expression_of(sample: Sample) -> str:
 
 
 def detector_rec(run: Run, folder: Path) -> float:
-    """Share of referring expressions whose best-scored box of the detector has IoU > 0.5 with the true one."""
+    """Share of referring expressions whose best-scored box of the detector has IoU > 0.5 with the true one; kept."""
+    file = run.workdir / f"detector-{run.limit}.json"
+    if file.is_file():
+        return json.loads(file.read_text())
     data = experiment_of("tiny_lyrics", folder, 0).data
     samples = list(pipeline.examples(data, "rec", "heldout", run.limit))
     expressions = list(map(expression_of, samples))
@@ -311,7 +317,9 @@ def detector_rec(run: Run, folder: Path) -> float:
     )
     truth = [sample.example.boxes[0] for sample in samples]
     boxes = [tuple(np.clip(result.boxes_K4[0], 0, 1).tolist()) for result in found]
-    return float(np.mean(regions.rec_ious(boxes, truth) > 0.5))
+    accuracy = float(np.mean(regions.rec_ious(boxes, truth) > 0.5))
+    file.write_text(json.dumps(accuracy) + "\n")
+    return accuracy
 
 
 def table(rows: list[dict]) -> str:

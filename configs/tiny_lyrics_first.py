@@ -47,8 +47,11 @@ MQ_FORMER = MQFormerConfig(
     copy_sharpness=20.0,
     region_width=detector["DETECTOR"].feature_width,
 )
-# A box takes 25 tokens: one fits before the caption.
-PACKING = PackingConfig(26, 37, 64, mask_probability=0.4, caption_end=True)
+# A box takes 25 tokens: one fits before the caption, that of the strongest region. Its tag is always asked for, half of
+# the time without the caption, which names it: at these few steps, tags are otherwise copied or guessed.
+PACKING = PackingConfig(
+    26, 37, 64, mask_probability=0.15, caption_end=True, tag_mask_probability=1.0, hide_caption_probability=0.5
+)
 PROCESSOR = {"question_tokenizer": "tiny", "max_regions": detector["DETECTOR"].num_queries, "packing": PACKING}
 
 

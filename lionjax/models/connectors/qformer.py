@@ -45,7 +45,8 @@ class QFormerConfig(BertLayersConfig):
 
     `copy_sharpness`: attention to a source of the same width starts by copying what resembles its query (see
     `attention.copying_inits`), in place of the trained attention of BERT and BLIP-2, and self-attention too, with a
-    sharpness of 1; None: random, as BERT's.
+    sharpness of 1. To a source of another width it starts random and as sharp: nearly uniform attention gives its mean.
+    None: random, as BERT's.
     """
 
     num_query_tokens: int = 32
@@ -117,7 +118,9 @@ class PostNormBlock(nn.Module):
         inits = (normal(0.02), normal(0.02), normal(0.02), out)
         if self.copy_sharpness is not None:
             copying = attentions.copying_inits(1.0 if source_width is None else self.copy_sharpness)
-            wide = (normal(self.width**-0.5),) * 4  # which keeps the scale of sources of another width
+            keeping = normal(self.width**-0.5)  # which keeps the scale of sources of another width
+            sharp = normal((self.copy_sharpness / self.width) ** 0.5)
+            wide = (sharp, sharp, keeping, keeping)
             inits = copying if source_width in (None, self.width) else wide
         head = self.width // self.num_heads
         return Attention(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lionjax.core.types import UserError
+from lionjax.models.connectors.mqformer import MQFormerConfig
 from lionjax.models.connectors.qformer import QFormer, QFormerConfig
 from lionjax.nn.attention import Attention, copying_inits
 
@@ -53,3 +54,16 @@ def test_the_attention_of_a_qformer_starts_by_copying_where_its_config_says_so()
     attention = params["groups"]["block_0"]["cross_attention"]
     q_DD, k_DD = (attention[name]["kernel"][0].reshape(12, 12) for name in "qk")
     np.testing.assert_allclose(q_DD @ k_DD.T, 0.5 * np.eye(12), atol=1e-5)
+
+
+def test_attention_to_regions_starts_by_choosing_among_them_and_keeps_their_scale():
+    c = MQFormerConfig(64, 1, 1, 8, 5, 1, vision_width=64, vocab_size=9, num_grounding_queries=3, region_width=40)
+    stds = {}
+    for sharpness in (None, 1.0, 20.0):
+        model = QFormer(dataclasses.replace(c, copy_sharpness=sharpness))
+        arguments = jax.random.key(0), jnp.zeros((1, 2, 64)), None, None, None, (jnp.zeros((1, 2, 40)), None)
+        params = nn.unbox(jax.jit(model.init)(*arguments))["params"]["groups"]["block_0"]["region_attention"]
+        stds[sharpness] = [float(jnp.std(params[name]["kernel"])) for name in "qkvo"]
+    np.testing.assert_allclose(stds[None], 0.02, rtol=0.1)
+    np.testing.assert_allclose(stds[1.0], 1 / 8, rtol=0.1)
+    np.testing.assert_allclose(stds[20.0], [20**0.5 / 8, 20**0.5 / 8, 1 / 8, 1 / 8], rtol=0.1)

@@ -208,17 +208,16 @@ class AnswerSession:
         return bool(self._waiting) and self.sizes.hold(next(iter(self._waiting.values())))
 
     def _decode(self, max_steps: int | None) -> None:
-        """Generate until there is room for the next admission, or with `max_steps` until an answer has ended."""
+        """Generate until there is room for the next admission, at most `max_steps` tokens of each row."""
         size, steps = self.sizes, max_steps or self.config.max_new_tokens
         num_free = size.num_slots - len(self._running)
         num_next = len(self._prefills[0].numbers) if self._prefills else min(size.admission_rows, len(self._waiting))
-        if max_steps is not None:
-            min_done = num_free + 1
-            steps = min(steps, STEPS_BESIDE_PREFILL) if self._prefills and num_next <= num_free else steps
-        elif self._prefills or self._holds_oldest():
+        if self._prefills or self._holds_oldest():
             min_done = min(num_free + max(1, num_next), size.num_slots)
         else:
             min_done = size.num_slots  # nothing joins, so that all run out
+        if max_steps is not None and self._prefills and num_next <= num_free:
+            steps = min(steps, STEPS_BESIDE_PREFILL)
         with sharding.use_mesh(self.mesh):
             self._slots = programs.decode(self.model, self.params, self._slots, self.config, min_done, steps)
 
@@ -284,6 +283,8 @@ class AnswerSession:
     def _start_prefills(self) -> None:
         """Let the other thread read waiting requests, whether or not slots are free."""
         while self._holds_oldest() and len(self._prefills) < PREFILLS_AHEAD:
+            if self._prefills and len(self._waiting) < self.sizes.admission_rows:
+                return  # others may come to fill the admission
             numbers = self._choose(self.sizes.admission_rows)
             requests = [self._waiting.pop(number) for number in numbers]
             requests += [requests[0]] * (self.sizes.admission_rows - len(requests))

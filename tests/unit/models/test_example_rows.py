@@ -40,7 +40,17 @@ SYSTEMS = {
     "images in front of all prompts": dataclasses.replace(LLAVA, image_token_id=None),
     "text alone": TextLM(DECODER),
 }
-SLOW = ("Frozen", "mPLUG-Owl", "Kosmos-2", "ALiBi", "images in front of all prompts", "loss in chunks")
+SLOW = (
+    "learned positions",
+    "an image only at its token",
+    "BLIP-2 over a decoder",
+    "Frozen",
+    "mPLUG-Owl",
+    "Kosmos-2",
+    "ALiBi",
+    "images in front of all prompts",
+    "loss in chunks",
+)
 
 
 def examples(images: int = 1, vocab: int = 60) -> Batch:
@@ -91,10 +101,12 @@ def test_loss_and_gradients_of_rows_of_three_examples_are_those_of_one_in_a_row(
     assert_learns_alike(SYSTEMS[name], examples())
 
 
+@pytest.mark.slow
 def test_examples_of_two_images_keep_their_images():
     assert_learns_alike(LLAVA, examples(images=2), 2)
 
 
+@pytest.mark.slow
 def test_boxes_of_examples_in_one_row_keep_their_queries():
     tokens = {"q": small_nextchat.TRIGGER, "b": small_nextchat.LOCATION}
 
@@ -110,6 +122,7 @@ def test_boxes_of_examples_in_one_row_keep_their_queries():
     assert_learns_alike(model, batch, 4)
 
 
+@pytest.mark.slow
 def test_padded_positions_and_other_examples_of_a_row_change_no_logits():
     batch = examples()
     params = leafwise.init_leafwise(LLAVA.init, jax.random.key(0), batch)

@@ -59,6 +59,7 @@ def states_before_writes(server, monkeypatch):
     return states
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_a_write_goes_on_elsewhere_with_the_same_bits_and_lines(tmp_path, server, monkeypatch, whole):
     folder, expected = whole
     monkeypatch.setattr(bucket_folder.BucketFolder, "_publish_now_and_then", lambda self: None)
@@ -104,6 +105,7 @@ def wait_for(happened, seconds=60):
 BILLING = b'{"error": {"message": "The billing account for the owning project is disabled"}}'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "body", "error", "sentence"),
     [
@@ -129,6 +131,7 @@ def test_a_bucket_that_takes_no_checkpoint_ends_a_run_with_one_sentence_and_keep
     assert any(name.endswith("checkpoints/2/commit_success.txt") for name in server.objects)
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_away_for_a_while_does_not_end_a_run(server, monkeypatch):
     refuse(server, monkeypatch, 503, count=4, methods=("POST", "GET"), name="checkpoints/2/")
     loop.train(toy.experiment(toy.stage("one")), RUN, toy.Batches)
@@ -136,6 +139,7 @@ def test_a_bucket_that_is_away_for_a_while_does_not_end_a_run(server, monkeypatc
     assert "runs/mine/checkpoints/2/commit_success.txt" in server.objects
 
 
+@pytest.mark.slow
 def test_a_bucket_that_does_not_answer_does_not_pass_for_a_damaged_checkpoint(server, monkeypatch):
     what = toy.experiment(toy.stage("one"))
     loop.train(what, RUN, toy.Batches)
@@ -145,6 +149,7 @@ def test_a_bucket_that_does_not_answer_does_not_pass_for_a_damaged_checkpoint(se
     assert not any("quarantined" in name for name in server.objects)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_in_a_bucket_is_moved_aside_and_the_one_before_is_used(server):
     what = toy.experiment(toy.stage("one"))
     expected = checkpoint.leaf_checksums(loop.train(what, RUN, toy.Batches)[0])

@@ -29,6 +29,7 @@ from lionjax.data.config import DataConfig
 from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.processor_config import ProcessorConfig
 
+pytestmark = pytest.mark.timeout(900)  # a page has up to thirty commands
 LEFT_OUT = ("--tagger ram/",)  # RAM's weights are not made small here
 SHORT = "--batch-size 4 --data.processor.max_prompt_tokens 96 --run.evaluate_limit 2"  # beside what a page says
 

@@ -26,7 +26,7 @@ from lionjax.inference.image_pool import Collate, ImagePool, ImagePools
 from lionjax.inference.sampling import GenerateOutput, GenerationConfig, RowSampling, aux_outputs, row_keys
 from lionjax.inference.slots import Admission, Slots
 
-PREFILLS_AHEAD = 2  # admissions read at most while tokens are generated,
+PREFILLS_AHEAD = 2  # admissions read at most while tokens are generated, each in a thread: one alone leaves cores idle,
 SHARE_BESIDE_PREFILL = 0.5  # if at least this share of the slots is in use; a step of few costs as much as one of all
 STEPS_BESIDE_PREFILL = 4  # of which so many are generated at most before a look at whether an admission can join
 LOOK_AHEAD = 8  # admissions' worth of waiting requests from which rows of like length are chosen
@@ -36,7 +36,7 @@ BLANKED = ("image_BHWC", "sam_image_BHWC", "region_BKD", "state_BKS", "object_ma
 
 @dataclasses.dataclass(eq=False)
 class _Prefill:
-    """An admission that is read by another thread. `numbers`: of the requests of its rows, None for canceled ones."""
+    """An admission that another thread reads. `numbers`: of the requests of its rows, None for canceled ones."""
 
     numbers: list[int | None]
     result: futures.Future[tuple[Admission, Slots]]
@@ -47,7 +47,7 @@ class AnswerSession:
 
     All processes of a mesh must add the same requests in the same order and call `advance` together. `pools`: of images
     that other sessions with the same parameters encode, too. On a CPU, where one program does not keep all cores busy,
-    a thread reads the next prompts while tokens are generated; an accelerator runs one program at a time anyway.
+    threads read the next prompts while tokens are generated; an accelerator runs one program at a time anyway.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class AnswerSession:
         self._outputs: dict[int, GenerateOutput] = {}  # of greedy requests that others may repeat
         self._ready: list[Finished] = []
         is_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-        self._reader = futures.ThreadPoolExecutor(1, "prefill") if is_cpu else None
+        self._reader = futures.ThreadPoolExecutor(PREFILLS_AHEAD, "prefill") if is_cpu else None
         self._prefills: collections.deque[_Prefill] = collections.deque()
 
     # ------------------------------------------------------------------ requests
@@ -281,7 +281,7 @@ class AnswerSession:
             self._slots = jax.device_put(self._slots, replicated)
 
     def _start_prefills(self) -> None:
-        """Let the other thread read waiting requests, whether or not slots are free."""
+        """Let other threads read waiting requests, whether or not slots are free."""
         while self._holds_oldest() and len(self._prefills) < PREFILLS_AHEAD:
             if self._prefills and len(self._waiting) < self.sizes.admission_rows:
                 return  # others may come to fill the admission
@@ -292,7 +292,7 @@ class AnswerSession:
             self._prefills.append(_Prefill(numbers, result))
 
     def _prefill(self, requests: Sequence[AnswerRequest], soon: Sequence[AnswerRequest]) -> tuple[Admission, Slots]:
-        """The admission of some requests, and its rows once they are read. Runs in the other thread."""
+        """The admission of some requests, and its rows once they are read. Runs in a thread of its own."""
         nowhere_GR = np.full((1, len(requests)), self.sizes.num_slots, np.int32)
         with self._pools.lock, sharding.use_mesh(self.mesh):
             admission = self._make_admission(requests, nowhere_GR, soon)

@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 
-import numpy as np
-
-from lionjax.inference.image_pool import EncodedExample
+from lionjax.inference.image_pool import EncodedExample, hash_arrays, image_digest
 from lionjax.inference.sampling import GenerateOutput
 
 UNREAD_FIELDS = ("sam", "target", "target_mask", "loss_mask", "num_cut", "size")  # of a row, while text is generated
@@ -32,14 +29,14 @@ class AnswerRequest:
     @functools.cached_property
     def image_digest(self) -> bytes:
         """A hash of the pixels; empty for the blank image."""
-        return b"" if self.image_blind else _hash(self.row["pixels"])
+        return b"" if self.image_blind else image_digest(self.row)
 
     def digest(self, is_greedy: bool) -> bytes:
         """A hash of all that decides the answer, which is not the seed in greedy decoding."""
         texts = [self.row[name] for name in sorted(self.row) if name not in (*UNREAD_FIELDS, "pixels")]
         settings = (self.image_blind, self.max_new_tokens)
         settings += () if is_greedy else (self.seed, self.temperature, self.top_p)
-        return _hash(*texts) + self.image_digest + repr(settings).encode()
+        return hash_arrays(*texts) + self.image_digest + repr(settings).encode()
 
     @functools.cached_property
     def length(self) -> int:
@@ -50,13 +47,6 @@ class AnswerRequest:
     def question_length(self) -> int:
         """Tokens of the question that a Q-Former reads."""
         return int(self.row["question_mask"].sum())
-
-
-def _hash(*arrays: np.ndarray) -> bytes:
-    hashed = hashlib.blake2b(digest_size=16)
-    for array in arrays:
-        hashed.update(np.ascontiguousarray(array).data)
-    return hashed.digest()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -342,9 +342,13 @@ class InferenceEngine:
             part = rows[start : start + BATCH_SIZE_BUCKETS[-1]]
             batch = self.collate(part, min_shape, with_targets=True)
             batch = blank_images(batch) if image_blind else batch
-            with sharding.use_mesh(self.mesh):
-                placed = sharding.shard_global_batch(batch, self.mesh)
-                box_BK4, real_BK = sharding.gather_to_host(predict_boxes(self.model, self.params, placed))
+            padded = [*part, *part[-1:] * (len(batch.task_B) - len(part))]
+            with self.image_pools.lock, sharding.use_mesh(self.mesh):
+                pool, place_B = self.image_pools.find(padded, image_blind)
+                batch = batch if pool is None else dataclasses.replace(batch, image_BHWC=None)
+                placed = sharding.shard_global_batch((batch, place_B), self.mesh)
+                boxes = predict_boxes(self.model, self.params, *placed, pool)
+            box_BK4, real_BK = sharding.gather_to_host(boxes)
             is_finite_BK = np.isfinite(box_BK4).all(axis=2) | ~real_BK.astype(bool)
             require_finite(is_finite_BK.all(axis=1)[: len(part)], "boxes")
             for row, box_K4, real_K in zip(part, box_BK4, real_BK):
@@ -400,14 +404,13 @@ class InferenceEngine:
         self, rows: Sequence[EncodedExample], min_shape: tuple[int, int, int] = (1, 1, 1), with_targets: bool = False
     ) -> Batch:
         """Rows as a batch of a size that few others have: the last row is repeated, and padding is added or cut."""
-        missing = round_up_to_bucket(max(len(rows), min_shape[0]), BATCH_SIZE_BUCKETS, BATCH_SIZE_BUCKETS[-1]) - len(
-            rows
-        )
-        rows = [*rows, *[rows[-1]] * missing]
+        count = round_up_to_bucket(max(len(rows), min_shape[0]), BATCH_SIZE_BUCKETS, BATCH_SIZE_BUCKETS[-1])
+        rows = [*rows, *[rows[-1]] * (count - len(rows))]
         prompt, question = bucketed_lengths(rows)
         stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         wanted = {"prompt": max(prompt, min_shape[1]), "question": max(question, min_shape[2])}
-        wanted |= {} if with_targets else {"target": 1}
+        longest, most = int(stacked["target_mask"].sum(axis=1).max()), stacked["target_mask"].shape[1]
+        wanted["target"] = round_up_to_bucket(longest, LENGTH_BUCKETS, most) if with_targets else 1
         for name, length in wanted.items():
             for field in (name, f"{name}_mask"):
                 stacked[field] = stacked[field][:, :length]

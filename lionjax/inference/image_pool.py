@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +28,19 @@ Collate = Callable[[Sequence[EncodedExample], tuple[int, int], bool], Batch]
 POOL_ADMISSIONS = 4  # a pool holds the images of at least so many admissions,
 POOL_BYTES = 64 * 2**20  # or so many bytes of features,
 MAX_POOL_IMAGES = 2048  # but at most so many images
+
+
+def hash_arrays(*arrays: np.ndarray) -> bytes:
+    """A hash of the values of arrays."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        hashed.update(np.ascontiguousarray(array).data)
+    return hashed.digest()
+
+
+def image_digest(row: EncodedExample) -> bytes:
+    """A hash of the pixels of a row."""
+    return hash_arrays(row["pixels"])
 
 
 def pool_images(admission_rows: int, features: Any) -> int:
@@ -116,3 +130,20 @@ class ImagePools:
         if key not in self._pools:
             self._pools[key] = ImagePool(model, params, mesh, collate, rows, row)
         return self._pools[key]
+
+    def find(
+        self, rows: Sequence[EncodedExample], image_blind: bool = False
+    ) -> tuple[Any, np.ndarray] | tuple[None, None]:
+        """(features, int32 place of each row's image) of a pool that a session has made.
+
+        (None, None) if there is none for such images, or none that holds so many. Images that the pool has no longer
+        are encoded. `lock` must be held.
+        """
+        shape = rows[0]["pixels"].shape
+        pool = next((pool for (_, of), pool in self._pools.items() if of == shape and pool.size > len(rows)), None)
+        if pool is None:
+            return None, None
+        images = [(b"" if image_blind else image_digest(row), row) for row in rows]
+        parts = [images[start : start + pool.rows] for start in range(0, len(images), pool.rows)]
+        place_B = np.concatenate([pool.places(part, ()) for part in parts])
+        return pool.features, place_B

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,18 @@ import numpy as np
 from lionjax.core.types import VLM, Batch, Params
 from lionjax.data.letterbox import Letterbox
 from lionjax.inference.generate import GenerateOutput
+from lionjax.inference.slots import with_pooled_features
 from lionjax.models.vision.sam_decoder import postprocess_masks
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def predict_boxes(model: VLM, params: Params, batch: Batch):
-    """Boxes (B, K, 4) at the triggers of the given answers, and which are real."""
+def predict_boxes(model: VLM, params: Params, batch: Batch, image_B=None, pool: Any = None):
+    """Boxes (B, K, 4) at the triggers of the given answers, and which are real.
+
+    `pool`: features of images (see `image_pool`), of which row b has those at
+    `image_B[b]`; without it the batch's images are read.
+    """
+    batch = with_pooled_features(batch, image_B, pool)
     box_BK4, _, real_BK = model.predict_boxes(params, batch)
     return box_BK4, real_BK
 

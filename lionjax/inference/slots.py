@@ -63,7 +63,7 @@ def init_slots(
     model: VLM, params: Params, admission: Admission, pool: Any, config: GenerationConfig, num_slots: int
 ) -> Slots:
     """`num_slots` free slots for prompts up to the lengths of `admission`, whose values are not read."""
-    batch = _with_features(admission, pool)
+    batch = with_pooled_features(admission.batch, admission.image_B, pool)
 
     def with_slots(leaf):
         return jnp.zeros((num_slots, *leaf.shape[1:]), leaf.dtype)
@@ -92,12 +92,12 @@ def _empty_rows(num_rows: int, vocab_size: int, config: GenerationConfig) -> Slo
     )
 
 
-def _with_features(admission: Admission, pool: Any) -> Batch:
-    """The batch with features of its images from the pool."""
+def with_pooled_features(batch: Batch, image_B: Array | None, pool: Any) -> Batch:
+    """The batch with features of its images from places `image_B` of the pool; as it is without a pool."""
     if pool is None:
-        return admission.batch
-    features = jax.tree.map(lambda leaf: jnp.take(leaf, admission.image_B, axis=0, mode="clip"), pool)
-    return dataclasses.replace(admission.batch, features=features)
+        return batch
+    features = jax.tree.map(lambda leaf: jnp.take(leaf, image_B, axis=0, mode="clip"), pool)
+    return dataclasses.replace(batch, features=features)
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("pool",))
@@ -110,7 +110,7 @@ def encode_images(model: VLM, params: Params, batch: Batch, pool: Any, place_B: 
 @functools.partial(jax.jit, static_argnames=("model", "config"))
 def prefill(model: VLM, params: Params, admission: Admission, pool: Any, config: GenerationConfig) -> Slots:
     """Read the prompts of an admission and choose the first token of each answer: the rows that `insert` places."""
-    batch = _with_features(admission, pool)
+    batch = with_pooled_features(admission.batch, admission.image_B, pool)
     logits_RV, cache = model.prefill(params, batch, 0)
     rows = _empty_rows(*logits_RV.shape, config)
     seen_RV = sampling.init_seen(*logits_RV.shape, config, batch.prompt_BL, batch.prompt_mask_BL)

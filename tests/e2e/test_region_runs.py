@@ -19,9 +19,11 @@ from lionjax.core.types import UserError
 from lionjax.data import pipeline
 from lionjax.data.boxes import box_to_text
 from lionjax.data.processor import ImageTextInput, Processor
-from lionjax.evaluation import runner, tasks
+from lionjax.evaluation import asking, runner, tasks
 from lionjax.evaluation.report.html import write_report
 from lionjax.inference import engine
+from lionjax.inference.answer_request import AnswerRequest, SessionSizes
+from lionjax.inference.engine import InferenceEngine
 from lionjax.inference.loading import from_params
 from lionjax.inference.sampling import GenerationConfig
 from lionjax.training import loop
@@ -188,6 +190,25 @@ def test_boxes_and_masks_of_an_answer_have_the_size_of_the_original_image(pointi
     assert all(box_to_text(box) in answer.text for box in answer.boxes.tolist())
     (other,) = pointing.answer([tall], ["Where is the star {box}?"], [[OTHER]])
     assert other.boxes.shape != answer.boxes.shape or not np.allclose(other.boxes, answer.boxes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blind", [False, True])
+def test_teacher_forcing_reads_features_that_a_session_has_kept_in_place_of_images(pointing, monkeypatch, blind):
+    samples = list(pipeline.examples(pointing.experiment.data, "rec", "heldout", 3))
+    rows = [
+        found for _, found in asking.encode_samples(pointing.processor, pointing.experiment.data, samples, True, "rec")
+    ]
+    forced, read, predict = [row["forced"] for row in rows], [], engine.predict_boxes
+    asked = InferenceEngine(pointing.vlm, pointing.params, pointing.processor, pointing.engine.mesh)
+    monkeypatch.setattr(engine, "predict_boxes", lambda *given: read.append(given[2].image_BHWC) or predict(*given))
+    from_images = asked.teacher_forced_boxes(forced, image_blind=blind)
+    session = asked.open_session(GenerationConfig(1), rows[0][True], (64, 64), SessionSizes(4, 2, 64, 64))
+    assert len(list(session.run(AnswerRequest(row[True]) for row in rows))) == 3
+    from_features = asked.teacher_forced_boxes(forced, image_blind=blind)
+    assert read[0] is not None and read[1] is None and sum(map(len, from_images)) >= 3
+    for one, other in zip(from_images, from_features, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -54,6 +54,23 @@ def test_an_image_is_encoded_once_and_the_longest_unused_leaves_a_full_pool(monk
     assert blank.tolist() == [0] and np.asarray(pool.features["color"])[0].tolist() == [0, 0, 0]
 
 
+def test_rows_find_their_features_in_the_pool_of_a_session_that_holds_so_many(monkeypatch):
+    monkeypatch.setattr(image_pool, "POOL_BYTES", 0)
+    monkeypatch.setattr(image_pool, "POOL_ADMISSIONS", 2)
+    pools, params = ImagePools(), {"scale": np.float32(1.0)}
+    rows = [picture(level)[1] for level in (3, 5, 3, 7)]
+    assert pools.find(rows) == (None, None), "no session has made a pool"
+    pool = pools.get(Means(), params, MESH, collate, 2, rows[0])
+    pool.places([(image_pool.image_digest(row), row) for row in rows[:2]], [])
+    for asked in (rows, rows[::-1], [picture(level)[1] for level in (9, 8, 7, 6)]):
+        features, place_B = pools.find(asked)
+        levels = [row["pixels"][0, 0, 0] for row in asked]
+        assert place_B.dtype == np.int32 and np.asarray(features["color"])[place_B, 0].tolist() == levels
+    assert pools.find(rows, image_blind=True)[1].tolist() == [0] * 4
+    assert pools.find([*rows, rows[0]]) == (None, None), "five rows do not fit a pool of five with the blank one"
+    assert pools.find([{"pixels": np.zeros((3, 2, 3), np.uint8)}]) == (None, None)
+
+
 def test_a_pool_holds_some_admissions_or_64_mib_of_features():
     shapes = {"taps": jax.ShapeDtypeStruct((8, 65, 128), np.float32)}
     assert image_pool.pool_images(8, shapes) == 2**26 // (65 * 128 * 4)

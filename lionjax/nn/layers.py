@@ -51,6 +51,7 @@ def scan_blocks(block: type[nn.Module], length: int, num_broadcast: int = 0):
         in_axes=(0,) + (nn.broadcast,) * num_broadcast if num_broadcast else 0,
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
+        check_constancy_invariants=False,  # that traces each block once more
     )
 
 

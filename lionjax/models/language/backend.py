@@ -88,6 +88,7 @@ def token_loss(
         new = losses.token_sums(module.logits(state_BCD), target_BC, mask_BC)
         return tuple(total + part for total, part in zip(sums, new)), None
 
-    scan = nn.scan(nn.remat(add_chunk), variable_broadcast="params", split_rngs={"params": False})
+    options = {"variable_broadcast": "params", "split_rngs": {"params": False}, "check_constancy_invariants": False}
+    scan = nn.scan(nn.remat(add_chunk), **options)
     sums, _ = scan(language, (jnp.zeros(()),) * 3, tuple(map(chunks, (state_BMD, target_BM, loss_mask_BM))))
     return losses.mean_over_tokens(*sums)

@@ -21,7 +21,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lionjax.core import params as trees
-from lionjax.core.types import Batch, Params, UserError
+from lionjax.core.types import VLM, Array, Batch, Params, UserError
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,9 @@ LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "task": None,
     "conv": None,
 }
+
+# Compiler options for a program that runs once; the values are the same to the bit.
+RUN_ONCE_ON_CPU = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
 
 with_logical_partitioning = nn.with_logical_partitioning
 
@@ -165,6 +168,16 @@ def layer_axes(boxed: Params) -> dict[str, int]:
     return {path: tuple(getattr(leaf, "names", ())).count("layers") for path, leaf in flat.items()}
 
 
+@functools.partial(jax.jit, static_argnames="model", inline=True)
+def _init(model: VLM, key: Array, batch: Batch) -> Params:
+    return model.init(key, batch)
+
+
+def traced_init(model: VLM) -> Callable[[Array, Batch], Params]:
+    """`model.init`, traced once for batches of one shape, whatever functions and shardings it is called for."""
+    return functools.partial(_init, model)
+
+
 def abstract_params(init_fn: Callable, *args, mesh: Mesh | None = None) -> Params:
     """Shapes, dtypes and (with a mesh) shardings of `init_fn(*args)` as ShapeDtypeStructs, without allocation."""
     return unbox_specs(jax.eval_shape(init_fn, *args), mesh)
@@ -189,7 +202,8 @@ def init_sharded(init_fn: Callable, *args, mesh: Mesh | None = None, shardings: 
     """
     if shardings is None and mesh is not None:
         shardings = named_shardings(jax.eval_shape(init_fn, *args), mesh)
-    return jax.jit(lambda *a: nn.unbox(init_fn(*a)), out_shardings=shardings)(*args)
+    options = RUN_ONCE_ON_CPU if jax.default_backend() == "cpu" else None
+    return jax.jit(lambda *a: nn.unbox(init_fn(*a)), out_shardings=shardings, compiler_options=options)(*args)
 
 
 def reshard_like(tree: Params, like: Params) -> Params:

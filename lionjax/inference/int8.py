@@ -23,7 +23,7 @@ def quantize_language(model: VLM, params: Params, example: Batch) -> Params:
 
     Raises UserError for a model without such matrices.
     """
-    layers = sharding.layer_axes(jax.eval_shape(model.init, jax.random.key(0), example))
+    layers = sharding.layer_axes(jax.eval_shape(sharding.traced_init(model), jax.random.key(0), example))
     flat = trees.flatten(params)
     chosen = [path for path in flat if LANGUAGE_KERNELS.fullmatch(path)]
     if not chosen:

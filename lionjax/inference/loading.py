@@ -123,13 +123,13 @@ def _run_config(folder: Path) -> Experiment:
 
 def _answering_specs(experiment: Experiment, processor: Processor, mesh: Mesh | None) -> tuple[Mesh, Params]:
     """(mesh, ShapeDtypeStructs of the parameters on it); without a mesh that of `answer_mesh`, and its dtypes."""
-    key, batch = jax.random.key(0), dummy_batch(processor)
+    init, key, batch = sharding.traced_init(experiment.model), jax.random.key(0), dummy_batch(processor)
     if mesh is not None:
-        return mesh, sharding.abstract_params(experiment.model.init, key, batch, mesh=mesh)
-    shapes = sharding.abstract_params(experiment.model.init, key, batch)
+        return mesh, sharding.abstract_params(init, key, batch, mesh=mesh)
+    shapes = sharding.abstract_params(init, key, batch)
     sizes = [leaf.size * answer_mesh.answer_dtype(leaf).itemsize for leaf in jax.tree.leaves(shapes)]
     mesh = answer_mesh.answering_mesh(sum(sizes))
-    like = sharding.abstract_params(experiment.model.init, key, batch, mesh=mesh)
+    like = sharding.abstract_params(init, key, batch, mesh=mesh)
     return mesh, jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, answer_mesh.answer_dtype(leaf), sharding=leaf.sharding), like
     )

@@ -43,7 +43,7 @@ def make_param_specs(experiment: Experiment, example: Batch, mesh: Mesh) -> Para
     check_token_ids(experiment, example)
     check_prompt_format(experiment)
     check_example_rows(experiment)
-    boxed = jax.eval_shape(experiment.model.init, key, example)
+    boxed = jax.eval_shape(sharding.traced_init(experiment.model), key, example)
     params = sharding.unbox_specs(boxed, mesh)
     step.validate_stages(experiment.stages, params)
     patterns = [pattern for stage in experiment.stages for pattern in stage.trainable]
@@ -85,7 +85,7 @@ def init_params(experiment: Experiment, example: Batch, specs: ParamSpecs) -> tu
         )
 
     def init_missing(key, batch):
-        flat = trees.flatten(experiment.model.init(key, batch))
+        flat = trees.flatten(sharding.traced_init(experiment.model)(key, batch))
         return trees.unflatten({path: leaf for path, leaf in flat.items() if path not in loaded})
 
     key = jax.random.key(experiment.seed)

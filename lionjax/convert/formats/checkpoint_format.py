@@ -121,7 +121,7 @@ def abstract_vlm_params(c: Any, mesh: Any) -> Params:
     image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
     ids, row = jax.ShapeDtypeStruct((1, 2), "int32"), jax.ShapeDtypeStruct((1,), "int32")
     batch = Batch(image, ids, ids, ids, ids, ids, ids, ids, row, row)
-    return sharding.abstract_params(c.init, jax.random.key(0), batch, mesh=mesh)
+    return sharding.abstract_params(sharding.traced_init(c), jax.random.key(0), batch, mesh=mesh)
 
 
 def abstract_vision_params(module: Any, image_size: int, mesh: Any) -> Params:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lionjax.core.renamed import renamed_fields
+from lionjax.core.types import UserError
 from lionjax.data.datasets import typed_rows
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
 from lionjax.data.datasets.annotation_files import AnnotatedImagesBuilder, read_json
@@ -38,6 +39,7 @@ class Vqa:
         return Path(self.questions), *([Path(self.answers)] if self.answers else []), Path(self.image_dir)
 
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
+        """The questions of a split. Raises UserError if the answers are to none of them."""
         builder = AnnotatedImagesBuilder(Path(self.image_dir), split, self.heldout_fraction)
         answers_by_question, facts_by_question, path = {}, {}, Path(self.answers)
         fields = ("question_id", "answers")
@@ -48,9 +50,10 @@ class Vqa:
                 answers_by_question[annotation["question_id"]] = tuple(filter(str.strip, answers))
                 types = {key: annotation[key] for key in ("answer_type", "question_type") if annotation.get(key)}
                 facts_by_question[annotation["question_id"]] = {"references": list(answers)} | types
-        path, fields = Path(self.questions), ("question_id", "image_id", "question")
+        path, fields, question_ids = Path(self.questions), ("question_id", "image_id", "question"), set()
         for location, entry in builder.entries(path, read_json(path), "questions", fields, "vqa"):
             with builder.row(location, "vqa"):
+                question_ids.add(entry["question_id"])
                 image_id, answers = entry["image_id"], answers_by_question.get(entry["question_id"])
                 answers = answers if self.answers else NO_ANSWERS
                 name, question = self.file_name_pattern.format(image_id), typed_rows.text(entry, "question", location)
@@ -60,4 +63,9 @@ class Vqa:
                     facts = facts_by_question.get(entry["question_id"], {})
                     annotation = Annotation(image_index, answers, question, question_id=question_id, facts=facts)
                     builder.add_annotation("vqa", annotation)
+        if question_ids and answers_by_question and question_ids.isdisjoint(answers_by_question):
+            raise UserError(
+                f"{self.answers} answers none of the questions of {path}, such as {next(iter(answers_by_question))!r}; "
+                "give the annotations of the same split"
+            )
         return builder.build(max_pixels)

@@ -79,6 +79,16 @@ def test_a_source_with_one_id_twice_is_refused(tmp_path):
         score(tmp_path, ROWS, source=source)
 
 
+def test_annotations_of_another_split_are_named_beside_the_questions(tmp_path):
+    other = tmp_path / "other.json"
+    tree = json.loads(Path(OKVQA_ANSWERS).read_text())
+    for annotation in tree["annotations"]:
+        annotation["question_id"] += 7
+    other.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="other.json answers none of the questions of .*, such as 10012; give the ann"):
+        score(tmp_path, ROWS, answers_file=str(other))
+
+
 def test_a_source_of_another_benchmark_is_refused(tmp_path):
     with pytest.raises(UserError, match="okvqa wants questions of the task vqa, but .* has caption"):
         score(tmp_path, ROWS, source=FILES / "captions/coco_karpathy_test.json")

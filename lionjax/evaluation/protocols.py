@@ -4,7 +4,8 @@
 A figure can stand beside a published one only if question, generation, reading, normalizer, threshold and aggregation
 are the same. `PROTOCOLS` has them by benchmark and name; the first of a benchmark is its default. Prompts have the
 fields {question}, {hint}, {statement}, {expr}, {text}, {history}, {options_lines} ("A. x" in lines), {options_round}
-("(a) x (b) y"), {options}, and for phrases of a sentence {before} and {phrase}.
+("(a) x (b) y"), {options}, for phrases of a sentence {before} and {phrase}, and for OCR tokens {ocr_tokens} and
+{first_ocr_tokens} (at most 30).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Protocol:
     `answer_form`: "generate", "rank_mean" or "rank_sum" (candidates by the mean or the sum of their token losses) or
     "yes_probability" (P(yes) against P(no)). `reader`: how the answer is read, `normalizer`: what is done to answers
     and references before they are compared, `threshold`: of an IoU, `padded`: boxes are fractions of the image padded
-    to a square. `sentence_prompt`: the prompt of ReasonSeg's long queries, if it is another. `aggregation` and `note`
+    to a square. `sentence_prompt`: the prompt of ReasonSeg's long queries, if it is another; `ocr_prompt`: that of
+    questions with OCR tokens. `aggregation` and `note`
     are words for the report. Published figures are in `published_figures.py`, by benchmark and protocol.
     """
 
@@ -43,6 +45,7 @@ class Protocol:
     aggregation: str = "mean over questions"
     note: str = ""
     sentence_prompt: str = ""
+    ocr_prompt: str = ""
 
     def __post_init__(self):
         if self.answer_form not in ANSWER_FORMS:
@@ -56,6 +59,8 @@ class Protocol:
 CIDER = "corpus CIDEr-D, document frequencies of the evaluated references"
 SHORT_LLAVA = "{question}\nAnswer the question using a single word or phrase."
 LETTER_LLAVA = "{options_lines}\nAnswer with the option's letter from the given choices directly."
+OCR_LLAVA = "{question}\nReference OCR token: {ocr_tokens}\nAnswer the question using a single word or phrase."
+OCR_LAVIS = "OCR tokens: {first_ocr_tokens}. Question: {question} Short answer:"
 SHORT_BLIP2 = "Question: {question} Short answer:"
 INSTRUCTBLIP_SHORT = {"prompt": "Question: {question} Short Answer:", "num_beams": 5, "max_new_tokens": 10}
 INSTRUCTBLIP_SHORT |= {"min_new_tokens": 1, "length_penalty": -1.0}
@@ -265,10 +270,11 @@ HATEFUL_MEMES = (
         aggregation="AUROC of P(yes)",
     ),
 )
+OCR_NOTE = "published figures are with OCR tokens; --answers OCR_FILE adds them to the prompt"
 TEXTVQA = (
     Protocol("official", SHORT_LLAVA, normalizer="evalai", note="asked without OCR tokens"),
-    Protocol("llava", SHORT_LLAVA, 128, normalizer="evalai", note="LLaVA's 58.2 is asked with OCR tokens"),
-    Protocol("lavis", normalizer="evalai", note="OCR tokens are not added", **INSTRUCTBLIP_SHORT),
+    Protocol("llava", SHORT_LLAVA, 128, normalizer="evalai", note=OCR_NOTE, ocr_prompt=OCR_LLAVA),
+    Protocol("lavis", normalizer="evalai", note=OCR_NOTE, ocr_prompt=OCR_LAVIS, **INSTRUCTBLIP_SHORT),
 )
 DOCVQA = (Protocol("lmms", SHORT_LLAVA, 32, normalizer="anls", aggregation="mean of the best reference, 0 below 0.5"),)
 OCRVQA = (Protocol("official", SHORT_LLAVA, 32, normalizer="lower_case"),)

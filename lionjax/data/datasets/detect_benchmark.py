@@ -49,8 +49,8 @@ ROW_KEYS: tuple[tuple[type[QuestionFile], str, tuple[str, ...]], ...] = (
     (IconQa, "*", ("question", "choices", "ques_type")),
     (ScienceQa, "*", ("question", "choices", "lecture")),
 )
-# Files whose answers or references are in a second file: the field of their reader.
-ANSWERS_FIELD = {VisDial: "dense", LlavaBench: "references"}
+# Files whose answers, references or OCR tokens are in a second file: the field of their reader.
+ANSWERS_FIELD = {VisDial: "dense", LlavaBench: "references", TextVqa: "ocr_file"}
 
 
 def detect_benchmark_file(path: Path, image_dir: str, answers_file: str = "") -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,11 +128,16 @@ def _is_benchmark_folder(folder: Path) -> bool:
 
 
 def _answers_name(name: str) -> str:
-    """How the file of answers is named that belongs to a file of questions: VQA's, VisDial's, LLaVA-Bench's."""
+    """How the file of answers is named that belongs to a file of questions: VQA's, VisDial's, LLaVA-Bench's.
+
+    Of TextVQA it is that of the OCR tokens.
+    """
     if "questions" in name and name.endswith(".json"):
         return name.replace("OpenEnded_", "").replace("questions", "annotations")
     if name.startswith("visdial") and "dense" not in name:
         return name.replace(".json", "_dense_annotations.json")
+    if match := re.fullmatch(r"TextVQA_0\.5\.1_(train|val|test)\.json", name):
+        return f"TextVQA_Rosetta_OCR_v0.2_{match[1]}.json"
     return "answers_gpt4.jsonl" if name == "questions.jsonl" else ""
 
 

@@ -40,6 +40,7 @@ from lionjax.evaluation.submissions import write_submission
 
 log = logging.getLogger(__name__)
 
+MAX_OCR_TOKENS = 30  # of InstructBLIP's prompt (LAVIS)
 BATCH_SIZE = 256  # prompts at once, which are answered in slots
 RIGHT_SCORE = 0.5  # of an answer that counts as right in the gallery
 NUM_PICTURES = 12  # right and wrong answers each of whose picture a copy is kept
@@ -346,9 +347,13 @@ def format_prompt(protocol: Protocol, annotation: Annotation) -> str:
     facts, choices = annotation.facts, annotation.choices
     question, hint = facts.get("question", annotation.question), facts.get("hint", "")
     history = " ".join(f"q: {asked} a: {answer}" for asked, answer in annotation.turns)
-    lettered = list(zip(OPTION_LETTERS, choices))
-    is_sentence = protocol.sentence_prompt and annotation.kind == "long"
-    return (protocol.sentence_prompt if is_sentence else protocol.prompt).format(
+    lettered, words = list(zip(OPTION_LETTERS, choices)), facts.get("ocr_tokens")
+    prompt = protocol.prompt
+    if protocol.sentence_prompt and annotation.kind == "long":
+        prompt = protocol.sentence_prompt
+    elif protocol.ocr_prompt and words is not None:
+        prompt = protocol.ocr_prompt
+    return prompt.format(
         question=question,
         hint=hint,
         history=history,
@@ -358,6 +363,8 @@ def format_prompt(protocol: Protocol, annotation: Annotation) -> str:
         options="\n".join(f"{letter}. {text}" for letter, text in lettered),
         options_lines=options_question(question, choices, hint),
         options_round=" ".join(f"({letter.lower()}) {text}" for letter, text in lettered),
+        ocr_tokens=", ".join(words or ()),
+        first_ocr_tokens=", ".join((words or [])[:MAX_OCR_TOKENS]),
     )
 
 

@@ -98,7 +98,7 @@ def join_answers(
             )
         pairs = list(zip(usable, in_order))
     else:
-        pairs = _join_by_id(usable, by_id, source, path)
+        pairs = _join_by_id(usable, by_id, source, path, len(problems))
     chosen = [(annotation, answer) for annotation, answer in pairs if wanted(annotation)]
     rows = [_answered(dataset, annotation, answer) for annotation, answer in chosen if answer is not None]
     unanswered = [annotation.question_id for annotation, answer in chosen if answer is None]
@@ -114,7 +114,9 @@ def _answered(dataset: AnnotatedImages, annotation: Annotation, answer: Any) -> 
     return AnsweredQuestion(annotation, dataset.image_infos[annotation.photo], answer, segmentation)
 
 
-def _join_by_id(usable: Sequence[Annotation], by_id: dict, source: str, path: Path) -> list[tuple[Annotation, Any]]:
+def _join_by_id(
+    usable: Sequence[Annotation], by_id: dict, source: str, path: Path, num_problems: int
+) -> list[tuple[Annotation, Any]]:
     known: dict[str, int] = {}
     for index, annotation in enumerate(usable):
         if known.setdefault(annotation.question_id, index) != index:
@@ -126,6 +128,11 @@ def _join_by_id(usable: Sequence[Annotation], by_id: dict, source: str, path: Pa
     strangers = [key for key in by_id if key not in known]
     if strangers:
         split = "; they seem to be of another split" if len(strangers) == len(by_id) else ""
+        if num_problems and len(strangers) < len(by_id):
+            raise UserError(
+                f"{num_problems} rows of {source} cannot be read (see above), and {path} answers {len(strangers)} "
+                f"questions that the others do not have, such as {strangers[0]!r}; correct the rows"
+            )
         raise UserError(
             f"{path} answers {len(strangers)} questions that {source} does not have, such as {strangers[0]!r}{split}; "
             "give the answers to this file's questions"

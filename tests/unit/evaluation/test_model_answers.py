@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model is asked as the protocol says, and its answers are scored as given ones; the model is a scripted one."""
 
+import dataclasses
 import json
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +128,63 @@ def test_boxes_and_masks_are_asked_region_level(tmp_path):
         reply = None if masks is None else np.array(masks)
         entry = ask(tmp_path, "reason_seg", "regions/reason_seg", Scripted(lambda prompt, r=reply: r))
         assert entry["figures"]["iou"] == iou, "one mask counts, none and two do not"
+
+
+def ocr_files(folder) -> dict[str, Path]:
+    """TextVQA's questions with the words that were read in each image, in Rosetta's file and in LLaVA's."""
+    questions = json.loads((FILES / "vqa/TextVQA_0.5.1_val.json").read_text())["data"]
+    images = list(dict.fromkeys(row["image_id"] for row in questions))
+    words = {image: [f"w{k}" for k in range(40 * number)] for number, image in enumerate(images)}
+    rosetta = [{"image_id": image, "ocr_tokens": found, "ocr_info": []} for image, found in words.items()]
+    (folder / "TextVQA_Rosetta_OCR_v0.2_val.json").write_text(json.dumps({"data": rosetta}))
+    lines = []
+    for row in questions:
+        found = ", ".join(words[row["image_id"]])
+        text = f"{row['question']}\nReference OCR token: {found}\nAnswer the question using a single word or phrase."
+        lines.append(json.dumps({"question_id": row["image_id"], "image": "", "text": text}))
+    (folder / "llava_textvqa_val_v051_ocr.jsonl").write_text("\n".join(lines))
+    return {
+        "rosetta": folder / "TextVQA_Rosetta_OCR_v0.2_val.json",
+        "llava": folder / "llava_textvqa_val_v051_ocr.jsonl",
+    }
+
+
+@pytest.mark.parametrize("kind", ["rosetta", "llava"])
+def test_textvqa_is_asked_with_ocr_tokens_as_llava_and_instructblip_write_them(tmp_path, kind):
+    file, question = "vqa/TextVQA_0.5.1_val.json", "What color is the square?"
+    source = detect.detect_source(str(FILES / file), "", str(ocr_files(tmp_path)[kind]))
+    annotations = source.open("heldout", 10**7).annotations["vqa"]
+    llava, lavis, official = (get_protocol("textvqa", name) for name in ("llava", "lavis", "official"))
+    short = "Answer the question using a single word or phrase."
+    first, second = annotations[0], annotations[1]
+    assert model_answers.format_prompt(llava, first) == f"{question}\nReference OCR token: \n{short}"
+    all_words = ", ".join(f"w{k}" for k in range(40))
+    assert model_answers.format_prompt(llava, second) == (
+        f"{second.question}\nReference OCR token: {all_words}\n{short}"
+    )
+    thirty = ", ".join(f"w{k}" for k in range(30))
+    assert (
+        model_answers.format_prompt(lavis, second) == f"OCR tokens: {thirty}. Question: {second.question} Short answer:"
+    )
+    assert model_answers.format_prompt(official, second) == f"{second.question}\n{short}"
+    without = detect.detect_source(str(FILES / file)).open("heldout", 10**7).annotations["vqa"][0]
+    assert model_answers.format_prompt(llava, without) == f"{question}\n{short}"
+    assert model_answers.format_prompt(lavis, without) == f"Question: {question} Short Answer:"
+
+
+def test_a_question_whose_image_the_ocr_file_lacks_is_a_bad_record_and_another_file_is_refused(tmp_path):
+    path = tmp_path / "TextVQA_Rosetta_OCR_v0.2_val.json"
+    source = detect.detect_source(str(FILES / "vqa/TextVQA_0.5.1_val.json"), "", str(path))
+    path.write_text(json.dumps({"data": [{"image_id": "0000000000000002", "ocr_tokens": []}]}))
+    problems = [one.problem for one in source.open("heldout", 10**7).annotations["vqa"] if one.problem]
+    assert "has no image '0000000000000001'; give the OCR file of the split" in problems[0] and len(problems) < 4
+    path.write_text(json.dumps({"data": [{"image_id": "1"}]}))
+    with pytest.raises(UserError, match="has null as 'ocr_tokens'; give a list of words"):
+        source.open("heldout", 10**7)
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"question_id": "1", "text": "What?"}))
+    with pytest.raises(UserError, match="has no line 'Reference OCR token: ...'"):
+        dataclasses.replace(source, ocr_file=str(path)).open("heldout", 10**7)
 
 
 def test_lisa_asks_long_and_short_queries_of_reason_seg_in_its_two_ways():

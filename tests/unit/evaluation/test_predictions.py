@@ -188,6 +188,17 @@ def test_two_names_of_one_question_are_two_answers(tmp_path):
     assert score(tmp_path, rows[1:], "textvqa", FILES / "vqa/TextVQA_0.5.1_val.json")["answered"] == 1
 
 
+def test_an_answer_to_a_row_that_cannot_be_read_is_said_so(tmp_path):
+    tree = json.loads((FILES / "vqa/TextVQA_0.5.1_val.json").read_text())
+    ids = [row["question_id"] for row in tree["data"]]
+    del tree["data"][0]["question"]
+    file = tmp_path / "TextVQA_0.5.1_val.json"
+    file.write_text(json.dumps(tree))
+    answers = [{"question_id": number, "answer": "red"} for number in ids]
+    with pytest.raises(UserError, match=f"1 rows of .* cannot be read .*such as '{ids[0]}'; correct the rows"):
+        score(tmp_path, answers, "textvqa", file)
+
+
 def test_a_folder_of_masks_is_read_by_name(tmp_path):
     (tmp_path / "7.png").write_bytes(b"x")
     assert read_predictions(tmp_path) == ({"7": {"mask": str(tmp_path / "7.png")}}, [])

@@ -41,6 +41,9 @@ def root(tmp_path_factory):
     iconqa.mkdir()
     for name in ("problems", "pid_splits"):
         shutil.copy(FILES / "vqa" / f"iconqa_{name}.json", iconqa / f"{name}.json")
+    ids = {row["image_id"] for row in json.loads((folder / "vqa/TextVQA_0.5.1_val.json").read_text())["data"]}
+    words = {"data": [{"image_id": image, "ocr_tokens": ["stop"]} for image in sorted(ids)]}
+    (folder / "vqa/TextVQA_Rosetta_OCR_v0.2_val.json").write_text(json.dumps(words))
     for entry in find_benchmarks(folder)[0]:
         scripted_benchmarks.put_pictures(entry.source, folder / "images")
     return folder
@@ -54,6 +57,7 @@ def test_every_benchmark_of_a_folder_is_found_once_with_its_answers_and_pictures
     by_name = {entry.name: entry for entry in found}
     assert by_name["okvqa"].source.answers.endswith("vqa/mscoco_val2014_annotations.json")
     assert by_name["visdial"].source.dense.endswith("dense_annotations.json")
+    assert by_name["textvqa"].source.ocr_file.endswith("vqa/TextVQA_Rosetta_OCR_v0.2_val.json")
     assert by_name["okvqa"].source.image_dir == str((root / "images").resolve())
     assert "it has the captions of dataset_coco.json" in left_out[str(root / "captions/coco_karpathy_test.json")]
     assert not any("results" in path or "answers" in path or "predictions" in path for path in left_out)

@@ -38,8 +38,8 @@ def remat_block(block: type[nn.Module], policy: str) -> type[nn.Module]:
     return nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[policy])
 
 
-def scan_blocks(block: type[nn.Module], length: int, num_broadcast: int = 0):
-    """`length` blocks in sequence as one scan, their parameters stacked on a leading "layers" axis.
+def scan_blocks(parent: nn.Module, block: type[nn.Module], length: int, num_broadcast: int = 0):
+    """`length` blocks in sequence as one scan in `parent`, their parameters stacked on a leading "layers" axis.
 
     A block maps (carry, inputs of its layer, *inputs shared by all layers) to (carry, outputs of its layer).
     `num_broadcast`: how many inputs are shared.
@@ -51,7 +51,8 @@ def scan_blocks(block: type[nn.Module], length: int, num_broadcast: int = 0):
         in_axes=(0,) + (nn.broadcast,) * num_broadcast if num_broadcast else 0,
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
-        check_constancy_invariants=False,  # that traces each block once more
+        # A check that traces each block once more. In `init` that decides the random keys, which must stay.
+        check_constancy_invariants=parent.is_initializing(),
     )
 
 

@@ -47,9 +47,6 @@ LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "conv": None,
 }
 
-# Compiler options for a program that runs once; the values are the same to the bit.
-RUN_ONCE_ON_CPU = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
-
 with_logical_partitioning = nn.with_logical_partitioning
 
 
@@ -202,8 +199,7 @@ def init_sharded(init_fn: Callable, *args, mesh: Mesh | None = None, shardings: 
     """
     if shardings is None and mesh is not None:
         shardings = named_shardings(jax.eval_shape(init_fn, *args), mesh)
-    options = RUN_ONCE_ON_CPU if jax.default_backend() == "cpu" else None
-    return jax.jit(lambda *a: nn.unbox(init_fn(*a)), out_shardings=shardings, compiler_options=options)(*args)
+    return jax.jit(lambda *a: nn.unbox(init_fn(*a)), out_shardings=shardings)(*args)
 
 
 def reshard_like(tree: Params, like: Params) -> Params:

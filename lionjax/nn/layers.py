@@ -38,11 +38,13 @@ def remat_block(block: type[nn.Module], policy: str) -> type[nn.Module]:
     return nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[policy])
 
 
-def scan_blocks(parent: nn.Module, block: type[nn.Module], length: int, num_broadcast: int = 0):
-    """`length` blocks in sequence as one scan in `parent`, their parameters stacked on a leading "layers" axis.
+def scan_blocks(block: type[nn.Module], length: int, num_broadcast: int = 0, unchecked_in: nn.Module | None = None):
+    """`length` blocks in sequence as one scan, their parameters stacked on a leading "layers" axis.
 
     A block maps (carry, inputs of its layer, *inputs shared by all layers) to (carry, outputs of its layer).
-    `num_broadcast`: how many inputs are shared.
+    `num_broadcast`: how many inputs are shared. By default flax traces each block once more, to check that no step
+    changes a shared value; in programs of the module `unchecked_in` it does not. The second trace decides the random
+    keys of `init`, where it is always made, and the text by which kept features are found, so that towers have it.
     """
     return nn.scan(
         block,
@@ -51,8 +53,7 @@ def scan_blocks(parent: nn.Module, block: type[nn.Module], length: int, num_broa
         in_axes=(0,) + (nn.broadcast,) * num_broadcast if num_broadcast else 0,
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
-        # A check that traces each block once more. In `init` that decides the random keys, which must stay.
-        check_constancy_invariants=parent.is_initializing(),
+        check_constancy_invariants=unchecked_in is None or unchecked_in.is_initializing(),
     )
 
 

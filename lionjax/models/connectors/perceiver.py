@@ -116,7 +116,9 @@ class Resampler(nn.Module):
         source_BPD = source.reshape(-1, frames * patches, width)
         query_QD = _query_tokens(self, 1.0).astype(source.dtype)
         x_BQD = jnp.broadcast_to(query_QD, (len(source_BPD), *query_QD.shape))
-        x_BQD, _ = layers.scan_blocks(self, ResamplerBlock, c.depth, 1)(c, name="blocks")(x_BQD, None, source_BPD)
+        x_BQD, _ = layers.scan_blocks(ResamplerBlock, c.depth, 1, unchecked_in=self)(c, name="blocks")(
+            x_BQD, None, source_BPD
+        )
         return layers.LayerNorm(c.width, c.norm_eps, name="norm")(x_BQD).reshape(*lead, *query_QD.shape)
 
 
@@ -148,7 +150,9 @@ class Abstractor(nn.Module):
         query_QD = _query_tokens(self).astype(source_BPD.dtype)
         x_BQD = jnp.broadcast_to(query_QD, (len(source_BPD), *query_QD.shape))
         keys = None if key is None else jnp.stack(layers.split_key(key, c.depth))
-        return layers.scan_blocks(self, AbstractorBlock, c.depth, 1)(c, name="blocks")(x_BQD, keys, source_BPD)[0]
+        return layers.scan_blocks(AbstractorBlock, c.depth, 1, unchecked_in=self)(c, name="blocks")(
+            x_BQD, keys, source_BPD
+        )[0]
 
 
 class ImageToTextProjection(nn.Module):

@@ -232,7 +232,7 @@ class QFormer(nn.Module):
             self.positions = Embed(c.max_positions, c.width)
         self.norm = LayerNorm(c.width, c.norm_eps)
         if groups:
-            self.groups = scan_blocks(self, CrossAttentionGroup, groups, 2)(c, c.cross_attention_frequency)
+            self.groups = scan_blocks(CrossAttentionGroup, groups, 2, unchecked_in=self)(c, c.cross_attention_frequency)
         if num_tail:
             self.tail = CrossAttentionGroup(c, num_tail)
 
@@ -322,7 +322,7 @@ class Aggregator(nn.Module):
         c = self.c
         depth = len(c.context_layers)
         keys = None if key is None else jnp.stack(split_key(key, depth))
-        x_BPD, _ = scan_blocks(self, FusionBlock, depth)(c, name="blocks")(query_BPD, (context_TBPD, keys))
+        x_BPD, _ = scan_blocks(FusionBlock, depth, unchecked_in=self)(c, name="blocks")(query_BPD, (context_TBPD, keys))
         return x_BPD
 
 

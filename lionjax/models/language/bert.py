@@ -102,7 +102,7 @@ class Bert(nn.Module):
         x_BLD = x_BLD + Embed(c.max_positions, c.width, name="positions")(position_ids_BL, dtype)
         x_BLD = dropout(LayerNorm(c.width, c.norm_eps, name="norm")(x_BLD), c.dropout, keys[0])
         mask = key_padding_mask(mask) if mask.ndim == 2 else mask.astype(bool)[:, None]
-        scan = scan_blocks(self, Block, c.depth, 1)
+        scan = scan_blocks(Block, c.depth, 1, unchecked_in=self)
         layer_keys = None if key is None else jnp.stack(keys[1:])
         x_BLD, _ = scan(c, name="blocks")(x_BLD, layer_keys, mask)
         first_BD = x_BLD[:, 0]

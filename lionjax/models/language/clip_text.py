@@ -89,7 +89,7 @@ class ClipText(nn.Module):
         if packed is not None:
             position_LD, mask = position_LD[packed[0]], packed[1]
         x_BLD = Embed(c.vocab_size, c.width, name="words")(ids_BL, dtype) + position_LD[..., :length, :]
-        blocks = scan_blocks(self, remat_block(Block, c.remat), c.depth, 1)(c, name="blocks")
+        blocks = scan_blocks(remat_block(Block, c.remat), c.depth, 1, unchecked_in=self)(c, name="blocks")
         (x_BLD, _), _ = blocks((x_BLD, None), jnp.arange(c.depth), mask)
         x_BLD = LayerNorm(c.width, c.norm_eps, name="norm")(x_BLD)
         return x_BLD, jnp.take_along_axis(x_BLD, pooled_position(c, ids_BL)[:, None, None], axis=1)[:, 0]

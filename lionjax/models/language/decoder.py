@@ -267,7 +267,7 @@ class CrossAttentionGroup(nn.Module):
 
         new_kvs = ()
         if last:
-            x_BLD, new_kv = scan_blocks(self, Block, last, 4)(c, name="before")(
+            x_BLD, new_kv = scan_blocks(Block, last, 4, unchecked_in=self)(c, name="before")(
                 x_BLD, part(slice(last)), mask, rope, bias, task_B
             )
             new_kvs = (new_kv,)
@@ -294,10 +294,10 @@ class Decoder(nn.Module):
             self.head = Dense(c.width, c.padded_vocab_size, ("embed", "vocab"), use_bias=False, lora=c.lora)
 
         if c.cross_attention is None:
-            self.blocks = scan_blocks(self, remat_block(Block, c.remat), c.depth, 4)(c)
+            self.blocks = scan_blocks(remat_block(Block, c.remat), c.depth, 4, unchecked_in=self)(c)
         else:
             num_groups = c.depth // c.cross_attention.every_n_layers
-            self.groups = scan_blocks(self, remat_block(CrossAttentionGroup, c.remat), num_groups, 5)(c)
+            self.groups = scan_blocks(remat_block(CrossAttentionGroup, c.remat), num_groups, 5, unchecked_in=self)(c)
 
     def embed(self, ids_BL, dtype=jnp.float32):
         return self.embedding(ids_BL, dtype)

@@ -182,7 +182,9 @@ class Encoder(nn.Module):
             positions, positions
         )
         h_BLD = dropout(x_BLD, c.dropout, keys[0])
-        blocks = scan_blocks(self, remat_block(EncoderBlock, c.remat), c.encoder_depth, 3)(c, name="blocks")
+        blocks = scan_blocks(remat_block(EncoderBlock, c.remat), c.encoder_depth, 3, unchecked_in=self)(
+            c, name="blocks"
+        )
         h_BLD, _ = blocks(h_BLD, layer_keys, key_padding_mask(mask_BL), bias, task_B)
         return dropout(RMSNorm(c.width, c.norm_eps, name="norm")(h_BLD), c.dropout, keys[1])
 
@@ -209,7 +211,9 @@ class Decoder(nn.Module):
         relative = RelativePositionBias(c.num_heads, c.num_buckets, c.max_distance, False, c.width, name="relative")
         bias = relative(query_positions, key_positions)
         h_BMD = dropout(x_BMD, c.dropout, keys[0])
-        blocks = scan_blocks(self, remat_block(DecoderBlock, c.remat), c.decoder_depth, 6)(c, name="blocks")
+        blocks = scan_blocks(remat_block(DecoderBlock, c.remat), c.decoder_depth, 6, unchecked_in=self)(
+            c, name="blocks"
+        )
         self_kv = cross_kv = None
         if cache is not None:
             self_kv = (cache["self_k"], cache["self_v"])

@@ -99,9 +99,9 @@ class GroundingDino(nn.Module):
         position = with_logical_partitioning(layers.normal(1.0), ("position", "embed"))
         self.level_embed = self.param("level_embed", position, (c.num_levels, c.width))
         self.queries = self.param("queries", position, (c.num_queries, c.width))
-        self.enhancer = layers.scan_blocks(self, layers.remat_block(EnhancerLayer, c.remat), c.encoder_depth, 1)(c)
+        self.enhancer = layers.scan_blocks(layers.remat_block(EnhancerLayer, c.remat), c.encoder_depth, 1)(c)
         self.selection = QuerySelection(c)
-        self.decoder = layers.scan_blocks(self, layers.remat_block(DecoderLayer, c.remat), c.decoder_depth, 1)(c)
+        self.decoder = layers.scan_blocks(layers.remat_block(DecoderLayer, c.remat), c.decoder_depth, 1)(c)
         self.norm = layers.LayerNorm(c.width, c.norm_eps)
         self.boxes, self.positions = box_head(None, c), position_head(None, c)
 

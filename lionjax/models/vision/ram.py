@@ -73,7 +73,7 @@ class Ram(nn.Module):
         init = with_logical_partitioning(layers.normal(0.02), ("vocab", "embed"))
         self.labels = self.param("labels", init, (c.num_tags, c.label_embed_dim))
         self.words = layers.Dense(c.label_embed_dim, c.width, ("embed", None))
-        scan = layers.scan_blocks(self, TaggingLayer, c.depth, 1)
+        scan = layers.scan_blocks(TaggingLayer, c.depth, 1)
         self.queries = scan(c)
         self.out = layers.Dense(c.width, 1, ("embed", None))
 

@@ -271,8 +271,7 @@ class Sam(nn.Module):
             return None, nn.cond(any_valid, decode_prompts, skip, sam, n_G)
 
         # With remat, no intermediates are saved for the backward pass, which would be written for skipped steps too.
-        options = {"variable_broadcast": "params", "check_constancy_invariants": self.is_initializing()}
-        scan = nn.scan(nn.remat(step), in_axes=1, out_axes=1, **options)
+        scan = nn.scan(nn.remat(step), variable_broadcast="params", in_axes=1, out_axes=1)
         _, outputs = scan(self, None, order_GN)
         inverse_GN = jnp.argsort(order_GN, axis=1)
         logits_GNHW, iou_GN = (take_positions(x, inverse_GN) for x in outputs)

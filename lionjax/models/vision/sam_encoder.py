@@ -152,7 +152,7 @@ class ImageEncoder(nn.Module):
         x_BHWD = x_BPD.reshape(-1, c.grid_size, c.grid_size, c.width)
         init = with_logical_partitioning(zeros, ("position", "position", "embed"))
         x_BHWD = x_BHWD + self.param("position", init, (c.grid_size, c.grid_size, c.width)).astype(x_BHWD.dtype)
-        periods = scan_blocks(self, Period, c.depth // len(c.window_sizes))
+        periods = scan_blocks(Period, c.depth // len(c.window_sizes))
         x_BHWD, _ = periods(c, name="periods")(x_BHWD, None)
         x_BHWC = Dense(c.width, c.prompt_embed_dim, ("embed", None), use_bias=False, name="narrow")(x_BHWD)
         x_BHWC = LayerNorm(c.prompt_embed_dim, c.norm_eps, name="narrow_norm")(x_BHWC)

@@ -182,7 +182,7 @@ class SwinStage(nn.Module):
         rates = rates[first : first + depths[self.stage]]
         keys = layers.split_key(key, pairs + odd)
         if pairs:
-            scan = layers.scan_blocks(self, ShiftedPair, pairs)
+            scan = layers.scan_blocks(ShiftedPair, pairs)
             pair_keys = None if key is None else keys[:pairs]
             scanned = (jnp.asarray(rates[: 2 * pairs].reshape(pairs, 2)), pair_keys)
             x_BHWD, _ = scan(c, self.stage, name="pairs")(x_BHWD, scanned)

@@ -159,7 +159,7 @@ class ViT(nn.Module):
         x_BPD = patch_BPD + position_PD.astype(patch_BPD.dtype)
         if c.pre_layernorm:
             x_BPD = LayerNorm(c.width, c.norm_eps, name="norm_before")(x_BPD)
-        blocks = scan_blocks(self, remat_block(Block, c.remat), c.depth)(c, self.feature_layers, name="blocks")
+        blocks = scan_blocks(remat_block(Block, c.remat), c.depth)(c, self.feature_layers, name="blocks")
         shape = (len(self.feature_layers), *x_BPD.shape)
         features_TBPD = jnp.zeros(shape, x_BPD.dtype) if self.feature_layers else None
         (x_BPD, features_TBPD), _ = blocks((x_BPD, features_TBPD), jnp.arange(c.depth))

@@ -29,7 +29,7 @@ def get_config() -> Experiment:
     )
     mixture = (*llava["WORDS"], *llava["PLACES"])
     parts = ("qformer", "vision_norm", "projector", "language/.*/lora_[ab]")
-    stages = (first["slow_copying"](llava["stage"]("instruct", 60, parts, mixture, 1e-3, 32, "muon")),)
+    stages = (first["slow_copying"](llava["stage"]("instruct", 180, parts, mixture, 1e-3, 32, "muon")),)
     processor = {name: value for name, value in first["PROCESSOR"].items() if name != "packing"}
     made = llava["experiment"]("tiny_lyrics", model, stages, **processor)
     return first["on_refined_scenes"](made)

@@ -68,7 +68,7 @@ def slow_copying(stage: Stage, *more: str) -> Stage:
 def get_config() -> Experiment:
     """The experiment."""
     model = LyricsStage1(TINY_VIT, MQ_FORMER, embed_dim=64, cls_token_id=CLS, decoder_start_token_id=DECODER_START)
-    stage = llava["stage"]("represent", 240, ("(?!vision/).*",), (Mix("caption"),), 2e-3, optimizer="muon")
+    stage = llava["stage"]("represent", 480, ("(?!vision/).*",), (Mix("caption"),), 2e-3, optimizer="muon")
     stages = (slow_copying(stage, "qformer/.*/mlp"),)
     weights = (llava["BACKBONES"][0], WORDS, QUERIES)
     made = llava["experiment"]("tiny_lyrics_first", model, stages, weights, **PROCESSOR)

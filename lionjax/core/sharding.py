@@ -171,7 +171,10 @@ def _init(model: VLM, key: Array, batch: Batch) -> Params:
 
 
 def traced_init(model: VLM) -> Callable[[Array, Batch], Params]:
-    """`model.init`, traced once for batches of one shape, whatever functions and shardings it is called for."""
+    """`model.init`, traced once for batches of one shape, whatever functions and shardings it is called for.
+
+    Not for use within `use_mesh`, of which the kept trace knows nothing.
+    """
     return functools.partial(_init, model)
 
 

@@ -27,8 +27,8 @@ class Protocol:
     "yes_probability" (P(yes) against P(no)). `reader`: how the answer is read, `normalizer`: what is done to answers
     and references before they are compared, `threshold`: of an IoU, `padded`: boxes are fractions of the image padded
     to a square. `sentence_prompt`: the prompt of ReasonSeg's long queries, if it is another; `ocr_prompt`: that of
-    questions with OCR tokens. `aggregation` and `note`
-    are words for the report. Published figures are in `published_figures.py`, by benchmark and protocol.
+    questions with OCR tokens. `aggregation` and `note` are words for the report. Published figures are in
+    `published_figures.py`, by benchmark and protocol.
     """
 
     name: str
